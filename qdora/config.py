@@ -1,0 +1,99 @@
+"""What an adapter is: rank, alpha, targets. One frozen description, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from qdora.errors import ConfigError
+
+__all__ = ["ALL_LINEAR", "AdapterConfig"]
+
+ALL_LINEAR = "all-linear"
+_Number = TypeVar("_Number", int, float)
+_DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The low-rank adapter to attach to a model's linears.
+
+    Raises:
+        ConfigError: a value is out of its range; the message quotes it.
+    """
+
+    rank: int = 16
+    """Rows of A and columns of B."""
+    alpha: float = 32.0
+    """Strength of the direction update: scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
+    dropout: float = 0.0
+    """Dropout on the input of the low-rank path, in training only. The base weight always sees the whole input."""
+    use_dora: bool = True
+    """Train a magnitude for each output (DoRA, arXiv 2402.09353). False gives plain LoRA."""
+    use_rslora: bool = False
+    """Rank-stabilized scaling (arXiv 2312.03732)."""
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    """`"all-linear"` (every linear but the head), names such as `("q_proj", "v_proj")`, matched against the last
+    parts of a module's path as PEFT does, or one regular expression for the whole path."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks for modules whose path ends in a match of the pattern."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Other alphas, likewise."""
+    dtype: str = "bfloat16"
+    """What A, B and the magnitude offset are stored and trained in: `bfloat16` or `float32`."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if not self.target_modules or "" in self.target_modules:
+            raise ConfigError(f"target_modules must name at least one module, found {self.target_modules!r}")
+        for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"rank must be a whole number of at least 1, found {name}={rank!r}")
+        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if not (math.isfinite(alpha) and alpha > 0):
+                raise ConfigError(f"alpha must be a positive number, found {name}={alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), found {self.dropout!r}")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"adapter dtype must be one of {', '.join(_DTYPES)}, found {self.dtype!r}")
+        patterns = [*self.rank_pattern, *self.alpha_pattern]
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
+            patterns.append(self.target_modules)
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"not a valid regular expression: {pattern!r} ({error})") from None
+
+    def targets(self, module: str) -> bool:
+        """Whether the linear at this dotted path gets an adapter."""
+        if self.target_modules == ALL_LINEAR:
+            return True
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of the adapter at this path."""
+        return _first_match(self.rank_pattern, module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of the adapter at this path."""
+        return _first_match(self.alpha_pattern, module, self.alpha)
+
+    def scaling_of(self, module: str) -> float:
+        """The factor on B·A at this path."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _first_match(pattern_values: Mapping[str, _Number], module: str, default: _Number) -> _Number:
+    # PEFT's rule: the pattern must match the end of the path, at a dot or at its start.
+    for pattern, value in pattern_values.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,56 @@
+"""Dense base weights: an ordinary 16- or 32-bit matrix behind the same methods as `nf4.NF4Weight`.
+
+With it, DoRA and LoRA on an unquantized model run through the very same `DoRALinear`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DenseWeight"]
+
+_NORM_ROWS = 1024  # rows converted to fp32 at a time
+
+
+class DenseWeight(nn.Module):
+    """A frozen (out_features, in_features) weight in a floating dtype.
+
+    Args:
+        weight: (O, I), kept as it is and shared, not copied; a transposed view (GPT-2's `Conv1D`) will do.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight.dtype}"
+
+    def linear(self, x_TI: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
+        """x · (scale ⊙ W)ᵀ, as a (T, O) tensor of x's dtype."""
+        y_TO = x_TI @ self.weight.t().to(x_TI.dtype)
+        return y_TO if row_scale_O is None else y_TO.mul_(row_scale_O)
+
+    def linear_transposed(self, g_TO: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
+        """g · (scale ⊙ W), as a (T, I) tensor of g's dtype."""
+        scaled_TO = g_TO if row_scale_O is None else (g_TO * row_scale_O).to(g_TO.dtype)
+        return scaled_TO @ self.weight.to(g_TO.dtype)
+
+    def project(self, A_RI: Tensor) -> Tensor:
+        """W · Aᵀ, as an (O, R) fp32 tensor; the arithmetic is fp32."""
+        A_IR = A_RI.float().t()
+        return torch.cat([part.float() @ A_IR for part in self.weight.split(_NORM_ROWS)])
+
+    def row_norms_squared(self) -> Tensor:
+        """‖W‖² of each row, as an (O,) fp32 tensor."""
+        return torch.cat([part.float().square().sum(dim=1) for part in self.weight.split(_NORM_ROWS)])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole weight, (O, I), in another dtype."""
+        return self.weight.to(dtype)

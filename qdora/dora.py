@@ -1,0 +1,284 @@
+"""DoRA at the price of LoRA: one linear layer for a frozen base weight and a trained adapter.
+
+    V  = W + s·B·A                 direction: W frozen, s = alpha / rank
+    W' = m ⊙ V / ‖V‖               ‖V‖: L2 norm of each row, a constant for the gradient (DoRA, arXiv 2402.09353,
+                                   section 4.3); m = ‖W‖ + δ, and δ is what is trained
+    y  = x·W'ᵀ + bias              the bias is never scaled
+
+With c = m/‖V‖ this is  y = c ⊙ (x·Wᵀ + s·(x·Aᵀ)·Bᵀ), and what follows rests on three observations.
+
+1. The norm needs no product B·A. ‖V‖² = ‖W‖² + 2s·Σₖ B⊙(W·Aᵀ) + s²·Σₖ (B·(A·Aᵀ))⊙B, row by row: ‖W‖² is computed
+   once, at load, and W·Aᵀ costs as much as a forward of `rank` tokens.
+2. It changes only when the adapter does: once an optimizer step, not for each micro-batch, and not again in the
+   recompute under gradient checkpointing. Tensor versions alone cannot tell when that is (fused AdamW and all of
+   bitsandbytes' optimizers leave them untouched: a peer trains on a norm that is 7 to 9 % off after 20 steps), so
+   torch's hook that runs after every optimizer's step counts, and versions catch the rest: `copy_`,
+   `load_state_dict`, in-place edits. A write through `.data` between steps escapes both; call `refresh` after one.
+3. Magnitude needs only the output. dm = Σₜ g ⊙ (x·Vᵀ)/‖V‖ = Σₜ (g ⊙ y)/(c·‖V‖), so no second product is kept.
+
+Rows of zeros. ‖V‖ = 0 gives c = 1 (whatever c is, the output is 0), no gradient for δ and the plain LoRA gradient for
+B, so that such a row can learn. m = 0 would make observation 3 divide zero by zero: |c| is kept at 2⁻⁶⁰ or above,
+which is nothing beside any rounding and leaves the gradient exact.
+
+Why δ and not m: bf16 is spaced 2⁻⁸ near 1, so a bf16 magnitude rounds every Adam step of 1e-4 away (measured: 0.0 %
+of them moved in 80 steps). δ starts at zero, where bf16 is fine; and c is then exactly 1, so that a fresh adapter
+changes no bit of the output.
+
+Dropout, if any, is on the input of the low-rank path only, so that x·Wᵀ is never thinned out.
+
+Shape suffixes: T tokens, I in_features, O out_features, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from qdora.base import BaseWeight, KeepsDtype
+
+__all__ = ["DoRALinear", "FrozenLinear", "RowScale"]
+
+_SMALLEST_SCALE = 2.0**-60
+_REDUCE_BYTES = 4 * 2**20
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class RowScale(NamedTuple):
+    """c and what turns Σₜ g⊙y into the gradient of the magnitude, both (O,) fp32."""
+
+    scale: Tensor
+    """c = m/‖V‖."""
+    per_output: Tensor
+    """1 / (c·‖V‖), or 0 where ‖V‖ is 0."""
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """y = c ⊙ (x·Wᵀ + s·h·Bᵀ), with gradients for x, h, B and the magnitude. Without a row scale, c is 1 (LoRA)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        h_TR: Tensor,
+        B_OR: Tensor,
+        offset_O: Tensor | None,
+        base: BaseWeight,
+        row_scale: RowScale | None,
+        scaling: float,
+    ) -> Tensor:
+        c_O = None if row_scale is None else row_scale.scale
+        y_TO = base.linear(x_TI, c_O)
+        y_TO.addmm_(h_TR, _scaled(B_OR, c_O, scaling).to(h_TR.dtype).t())
+        keeps_output = offset_O is not None and ctx.needs_input_grad[3]
+        ctx.save_for_backward(h_TR, B_OR, offset_O, y_TO if keeps_output else None)
+        ctx.base, ctx.row_scale, ctx.scaling = base, row_scale, scaling
+        return y_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
+        h_TR, B_OR, offset_O, y_TO = ctx.saved_tensors
+        row_scale, scaling = ctx.row_scale, ctx.scaling
+        c_O = None if row_scale is None else row_scale.scale
+        needs_x, needs_h, needs_B = ctx.needs_input_grad[:3]
+        dx_TI = ctx.base.linear_transposed(g_TO, c_O) if needs_x else None
+        dh_TR = g_TO @ _scaled(B_OR, c_O, scaling).to(g_TO.dtype) if needs_h else None
+        dB_OR = _scaled(g_TO.t() @ h_TR, c_O, scaling).to(B_OR.dtype) if needs_B else None
+        doffset_O = None
+        if y_TO is not None:
+            doffset_O = (_column_dots(g_TO, y_TO) * row_scale.per_output).to(offset_O.dtype)
+        return dx_TI, dh_TR, dB_OR, doffset_O, None, None, None
+
+
+class FrozenLinear(nn.Module):
+    """y = x·Wᵀ + bias over a frozen base weight, differentiable in x: a quantized linear without an adapter."""
+
+    def __init__(self, base: BaseWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.base = base
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _compute_dtype(x) as dtype:
+            y_TO = _FrozenProduct.apply(x.to(dtype).reshape(-1, self.in_features), self.base)
+            return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """y = x·Wᵀ, with the gradient for x."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, base: BaseWeight) -> Tensor:
+        ctx.base = base
+        return base.linear(x_TI)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, None]:
+        return (ctx.base.linear_transposed(g_TO) if ctx.needs_input_grad[0] else None), None
+
+
+class DoRALinear(nn.Module):
+    """A frozen linear with a trained low-rank direction and, with `use_dora`, a trained magnitude.
+
+    Args:
+        base: the frozen weight, NF4 or dense.
+        rank, scaling: of the direction update s·B·A.
+        bias: (O,), frozen and never scaled.
+        use_dora: False leaves the magnitude out: LoRA.
+        dropout: on the input of the low-rank path, in training.
+        dtype: of A, B and the magnitude offset.
+
+    Takes and returns (..., in_features) → (..., out_features) in the dtype of the input, or of autocast.
+    """
+
+    def __init__(
+        self,
+        base: BaseWeight,
+        rank: int,
+        scaling: float,
+        bias: Tensor | None = None,
+        use_dora: bool = True,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.rank, self.scaling, self.use_dora = rank, scaling, use_dora
+        self.enabled = True
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=base.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=base.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.magnitude_offset: nn.Parameter | None = None
+        if use_dora:
+            self.magnitude_offset = nn.Parameter(torch.zeros(base.out_features, dtype=dtype, device=base.device))
+            self._norms_squared = _Constant(base.row_norms_squared())
+        self._row_scale: tuple[Any, RowScale] | None = None
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}, use_dora={self.use_dora}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _compute_dtype(x) as dtype:
+            x_TI = x.to(dtype).reshape(-1, self.in_features)
+            if self.enabled:
+                h_TR = nn.functional.linear(self.dropout(x_TI), self.lora_A.to(x_TI.dtype))
+                y_TO = _AdaptedProduct.apply(
+                    x_TI, h_TR, self.lora_B, self.magnitude_offset, self.base, self.row_scale(), self.scaling
+                )
+            else:
+                y_TO = _FrozenProduct.apply(x_TI, self.base)
+            return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)
+
+    def row_scale(self) -> RowScale | None:
+        """c and its companion for the adapter as it is now, computed at most once an optimizer step; None for LoRA."""
+        if self.magnitude_offset is None:
+            return None
+        trained = (self.lora_A, self.lora_B, self.magnitude_offset)
+        state = (_optimizer_steps, *((p.data_ptr(), p._version) for p in trained))
+        if self._row_scale is None or self._row_scale[0] != state:
+            self._row_scale = state, self._compute_row_scale()
+        return self._row_scale[1]
+
+    def refresh(self) -> None:
+        """Forget the row scale. Needed only after the adapter was written to through `.data`."""
+        self._row_scale = None
+
+    @torch.no_grad()
+    def _compute_row_scale(self) -> RowScale:
+        norm_O, magnitude_O = self.weight_norm(), self.magnitude()
+        scale_O = torch.where(norm_O > 0, magnitude_O / norm_O, 1.0)
+        scale_O = torch.where(scale_O.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE, scale_O)
+        return RowScale(scale_O, torch.where(norm_O > 0, 1 / (scale_O * norm_O), 0.0))
+
+    @torch.no_grad()
+    def weight_norm(self) -> Tensor:
+        """‖V‖ of each row for the adapter as it is now, (O,) fp32, by the factored formula."""
+        A_RI, B_OR = self.lora_A.float(), self.lora_B.float()
+        norms_squared_O = self._norms_squared.value
+        cross_O = (B_OR * self.base.project(A_RI)).sum(dim=1)
+        square_O = (B_OR @ (A_RI @ A_RI.t()) * B_OR).sum(dim=1)
+        total_O = norms_squared_O + 2 * self.scaling * cross_O + self.scaling**2 * square_O
+        return total_O.clamp_(min=0).sqrt_()
+
+    @torch.no_grad()
+    def base_norm(self) -> Tensor:
+        """‖W‖ of each row, (O,) fp32: the magnitude that a fresh adapter has."""
+        return self._norms_squared.value.sqrt()
+
+    @torch.no_grad()
+    def magnitude(self) -> Tensor:
+        """m = ‖W‖ + δ, (O,) fp32."""
+        assert self.magnitude_offset is not None
+        return self.base_norm() + self.magnitude_offset.float()
+
+    @torch.no_grad()
+    def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W' whole, (O, I). For tests and small models; `qdora.merge` does the same from files, shard by shard."""
+        V = self.base.dequantize(torch.float32) + self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        row_scale = self.row_scale()
+        return (V if row_scale is None else V * row_scale.scale[:, None]).to(dtype)
+
+
+class _Constant(KeepsDtype):
+    """A tensor that belongs to no checkpoint and moves with its model."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+
+@contextmanager
+def _compute_dtype(x: Tensor) -> Iterator[torch.dtype]:
+    """Decide by hand what autocast would, and switch it off inside.
+
+    The arithmetic below chooses its dtypes with care (fp32 norms above all); autocast would override them.
+    """
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        yield x.dtype
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        yield dtype
+
+
+def _with_bias(y_TO: Tensor, bias_O: Tensor | None) -> Tensor:
+    return y_TO if bias_O is None else y_TO + bias_O.to(y_TO.dtype)
+
+
+def _scaled(M_OR: Tensor, c_O: Tensor | None, scaling: float) -> Tensor:
+    """s·c ⊙ M, in fp32."""
+    scaled = M_OR.float() * scaling
+    return scaled if c_O is None else scaled.mul_(c_O[:, None])
+
+
+def _column_dots(a_TO: Tensor, b_TO: Tensor) -> Tensor:
+    """Σₜ a ⊙ b for each column, (O,) fp32, a few rows at a time so that no whole fp32 copy exists."""
+    rows = max(1, _REDUCE_BYTES // (4 * a_TO.shape[1]))
+    total_O = torch.zeros(a_TO.shape[1], dtype=torch.float32, device=a_TO.device)
+    for a, b in zip(a_TO.split(rows), b_TO.split(rows), strict=True):
+        total_O += (a.float() * b.float()).sum(dim=0)
+    return total_O

@@ -1,0 +1,33 @@
+"""The errors qdora raises on purpose.
+
+    QDoRAError                   a person can act on it: the command line prints its text and exits with 2
+      ├─ ConfigError             a flag, a config file or an argument is wrong
+      ├─ CheckpointError         a model or adapter directory is missing, damaged or of the wrong kind
+      ├─ DataError               a data file is missing, unreadable or not in a known layout
+      └─ NumericsError           a number came out that must not be trusted (not finite, overflow)
+
+Every message says what was wrong, what was found and what to do. Anything else that escapes is a bug and
+keeps its traceback.
+"""
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "NumericsError", "QDoRAError"]
+
+
+class QDoRAError(Exception):
+    """Base of every error that is the input's doing rather than the program's."""
+
+
+class ConfigError(QDoRAError):
+    """A flag, a config file or an argument is wrong."""
+
+
+class CheckpointError(QDoRAError):
+    """A model or adapter directory is missing, damaged or of the wrong kind."""
+
+
+class DataError(QDoRAError):
+    """A data file is missing, unreadable or not in a known layout."""
+
+
+class NumericsError(QDoRAError):
+    """A number came out that must not be trusted."""

@@ -1,0 +1,238 @@
+"""NF4 base weights: packed 4-bit storage that is multiplied without ever being unpacked whole.
+
+The idea. A weight of 4096 × 11008 is 22 MB in NF4 and 90 MB in bf16. Unpacking it whole costs those 90 MB for
+every linear that is in flight, and a trip through memory that the multiplication then makes again. So the
+weight is dequantized a *tile* of whole rows at a time into a buffer that fits in the cache, multiplied at once
+and dropped. Forward, transposed product, row norms and merge all walk the same tiles.
+
+The constraint. NF4 stores one absmax for each 64 consecutive weights, counted through the flattened matrix. If
+`in_features` is no multiple of 64, a block straddles two rows. A tile therefore takes a multiple of
+64 / gcd(in_features, 64) rows, so that blocks never straddle tiles; only the very last tile may end inside a
+block, and the packed bytes are padded once, at construction, so that it need not be treated apart.
+
+The row scale. DoRA multiplies each row of the weight by c = m/‖V‖. Where rows are whole blocks, the scale goes
+into the absmax before dequantization: one multiply for 64 weights, and the tile comes out scaled. Otherwise the
+tile is multiplied after it was dequantized. Either way no pass over the activations is needed.
+
+The rejected alternative: bitsandbytes' own `Linear4bit.forward`. On a CPU with AVX512-BF16 it repacks the weight in
+eval mode, after which `dequantize_4bit` of it is garbage (relative error 1.41), and it unpacks the weight whole.
+Only its quantize and dequantize operators are used here, and this file and `optim` are the only doors to it.
+
+Format: what transformers writes for bitsandbytes (`weight`, `weight.absmax`, `weight.quant_map`,
+`weight.nested_absmax`, `weight.nested_quant_map`, `weight.quant_state.bitsandbytes__nf4`). NF4 itself: QLoRA,
+arXiv 2305.14314, section 3; double quantization: the absmax of 64 weights less their mean, in 8 bits with one
+fp32 absmax for each 256 of them.
+
+Shape suffixes: T tokens, I in_features, O out_features, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor, nn
+
+from qdora.base import KeepsDtype
+from qdora.errors import CheckpointError
+
+__all__ = ["BLOCKSIZE", "NF4Weight", "is_nf4_key", "quantize_nf4"]
+
+BLOCKSIZE = 64
+NESTED_BLOCKSIZE = 256
+# 4 to 16 MiB measured alike on CPU (4096×11008, 1,024 tokens), 1 MiB and whole weights at up to twice the time.
+TILE_BYTES = 8 * 2**20
+_STATE_KEY = "quant_state.bitsandbytes__nf4"
+
+
+class NF4Weight(KeepsDtype):
+    """A frozen (out_features, in_features) weight in NF4.
+
+    Behaves as the matrix it stands for: `linear`, `linear_transposed`, `project`, `row_norms_squared`,
+    `dequantize`. Moves with its model between devices; a change of the model's dtype leaves it as it is.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    nested_offset: Tensor | None
+
+    def __init__(self, packed: Tensor, state: bnb.QuantState) -> None:
+        """
+        Args:
+            packed: uint8, two weights a byte, any shape; `out_features * in_features / 2` bytes.
+            state: bitsandbytes' quant state, of type nf4, plain or double quantized.
+
+        Raises:
+            CheckpointError: not nf4, or the sizes disagree.
+        """
+        super().__init__()
+        if state.quant_type != "nf4":
+            raise CheckpointError(f"base weights must be nf4, found {state.quant_type!r}; quantize the model again")
+        self.out_features, self.in_features = map(int, state.shape)
+        self.blocksize = int(state.blocksize)
+        size = self.out_features * self.in_features
+        blocks = math.ceil(size / self.blocksize)
+        if packed.numel() * packed.element_size() != math.ceil(size / 2) or state.absmax.numel() != blocks:
+            raise CheckpointError(
+                f"a packed weight of {packed.numel()} bytes with {state.absmax.numel()} absmax values cannot be "
+                f"{self.out_features}×{self.in_features} in blocks of {self.blocksize}"
+            )
+        flat = packed.detach().reshape(-1).view(torch.uint8)
+        if flat.numel() != blocks * self.blocksize // 2:
+            flat = nn.functional.pad(flat, (0, blocks * self.blocksize // 2 - flat.numel()))
+        self.packed = nn.Parameter(flat, requires_grad=False)
+        self.register_buffer("absmax", state.absmax, persistent=False)
+        nested = state.state2
+        if nested is not None and nested.blocksize != NESTED_BLOCKSIZE:
+            raise CheckpointError(f"nested blocksize must be {NESTED_BLOCKSIZE}, found {nested.blocksize}")
+        self.register_buffer("nested_absmax", nested.absmax if nested is not None else None, persistent=False)
+        self.register_buffer("nested_code", nested.code if nested is not None else None, persistent=False)
+        self.register_buffer("nested_offset", state.offset if nested is not None else None, persistent=False)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> NF4Weight:
+        """From a checkpoint's tensors, keyed `""` for the packed weight and `absmax`, `quant_map`, … for its state."""
+        stats = {f"weight.{key}": value for key, value in tensors.items() if key}
+        packed = tensors[""]
+        return cls(packed, bnb.QuantState.from_dict(stats, device=packed.device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, blocksize={self.blocksize}"
+
+    def block_absmax(self) -> Tensor:
+        """(blocks,) fp32: the absmax of each block, the double quantization undone."""
+        if self.nested_absmax is None:
+            return self.absmax.float()
+        plain = torch.ops.bitsandbytes.dequantize_blockwise(
+            self.absmax, self.nested_absmax, self.nested_code, NESTED_BLOCKSIZE, torch.float32
+        )
+        return plain + self.nested_offset
+
+    def tiles(self, dtype: torch.dtype, row_scale_O: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Walk the weight in tiles of whole rows.
+
+        Args:
+            dtype: of the tiles: fp32, bf16 or fp16. The product code·absmax is rounded to it once.
+            row_scale_O: fp32, multiplied into the rows.
+
+        Yields:
+            (rows, tile): which rows, and their weights as a (rows, in_features) tensor that lives until the next.
+        """
+        blocksize, in_features = self.blocksize, self.in_features
+        absmax = self.block_absmax()
+        rows_are_blocks = in_features % blocksize == 0
+        if row_scale_O is not None and rows_are_blocks:
+            absmax = (absmax.view(self.out_features, -1) * row_scale_O[:, None]).view(-1)
+        for rows in self._tile_rows(dtype):
+            start = rows.start * in_features // blocksize
+            stop = math.ceil(rows.stop * in_features / blocksize)
+            flat = torch.ops.bitsandbytes.dequantize_4bit(
+                self.packed[start * blocksize // 2 : stop * blocksize // 2],
+                absmax[start:stop],
+                blocksize,
+                "nf4",
+                (stop - start, blocksize),
+                dtype,
+            )
+            tile = flat.view(-1)[: (rows.stop - rows.start) * in_features].view(-1, in_features)
+            if row_scale_O is not None and not rows_are_blocks:
+                tile = (tile * row_scale_O[rows, None]).to(dtype)
+            yield rows, tile
+
+    def _tile_rows(self, dtype: torch.dtype) -> Iterator[slice]:
+        unit = self.blocksize // math.gcd(self.in_features, self.blocksize)
+        step = max(1, TILE_BYTES // (dtype.itemsize * self.in_features * unit)) * unit
+        for start in range(0, self.out_features, step):
+            yield slice(start, min(start + step, self.out_features))
+
+    def linear(self, x_TI: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
+        """x · (scale ⊙ W)ᵀ, as a (T, O) tensor of x's dtype."""
+        y_TO = x_TI.new_empty(x_TI.shape[0], self.out_features)
+        for rows, tile in self.tiles(x_TI.dtype, row_scale_O):
+            torch.mm(x_TI, tile.t(), out=y_TO[:, rows])
+        return y_TO
+
+    def linear_transposed(self, g_TO: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
+        """g · (scale ⊙ W), as a (T, I) tensor of g's dtype: what `linear` needs in its backward."""
+        dx_TI = g_TO.new_empty(g_TO.shape[0], self.in_features)
+        for rows, tile in self.tiles(g_TO.dtype, row_scale_O):
+            dx_TI.addmm_(g_TO[:, rows], tile, beta=int(rows.start > 0))  # beta 0 ignores what was there
+        return dx_TI
+
+    def project(self, A_RI: Tensor) -> Tensor:
+        """W · Aᵀ, as an (O, R) fp32 tensor; the arithmetic is fp32."""
+        A_RI = A_RI.float()
+        product = torch.empty(self.out_features, A_RI.shape[0], dtype=torch.float32, device=A_RI.device)
+        for rows, tile in self.tiles(torch.float32):
+            torch.mm(tile, A_RI.t(), out=product[rows])
+        return product
+
+    def row_norms_squared(self) -> Tensor:
+        """‖W‖² of each row, as an (O,) fp32 tensor."""
+        norms = torch.empty(self.out_features, dtype=torch.float32, device=self.device)
+        for rows, tile in self.tiles(torch.float32):
+            norms[rows] = tile.square_().sum(dim=1)
+        return norms
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole weight, (O, I). For tests and export; nothing in training calls it."""
+        whole = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
+        for rows, tile in self.tiles(dtype):
+            whole[rows] = tile
+        return whole
+
+
+def quantize_nf4(weight: Tensor, double_quant: bool = True, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Quantize a weight to NF4 in blocks of 64, a tile at a time.
+
+    Args:
+        weight: (out_features, in_features), fp32, bf16 or fp16.
+        double_quant: store the absmax in 8 bits as well.
+        device: where a tile is quantized; the result is on the CPU.
+
+    Returns:
+        The tensors of the bitsandbytes format, keyed by what follows `weight.` in a checkpoint: `""` is the packed
+        weight, (n/2, 1) uint8. `NF4Weight.from_tensors` and transformers read them.
+    """
+    flat = weight.reshape(-1)
+    step = TILE_BYTES // BLOCKSIZE * BLOCKSIZE // 4
+    parts = [
+        torch.ops.bitsandbytes.quantize_4bit(part.to(device), BLOCKSIZE, "nf4", torch.uint8)
+        for part in flat.split(step)
+    ]
+    packed = torch.cat([part.cpu() for part, _ in parts])
+    absmax = torch.cat([part.cpu().float() for _, part in parts])
+    state = bnb.QuantState(
+        absmax=absmax,
+        shape=weight.shape,
+        code=bnb.get_4bit_type("nf4", device="cpu"),
+        blocksize=BLOCKSIZE,
+        quant_type="nf4",
+        dtype=weight.dtype,
+    )
+    if double_quant:
+        state.offset = absmax.mean()
+        state.absmax, state.state2 = bnb.quantize_blockwise(absmax - state.offset, blocksize=NESTED_BLOCKSIZE)
+        state.nested = True
+    stats: dict[str, Any] = state.as_dict(packed=True)
+    return {"": packed, **stats}
+
+
+def is_nf4_key(key: str) -> bool:
+    """Whether a checkpoint key belongs to the quant state of an NF4 weight (and is not a weight itself)."""
+    return key.rpartition(".weight.")[2] in (
+        "absmax",
+        "quant_map",
+        "nested_absmax",
+        "nested_quant_map",
+        _STATE_KEY,
+    )

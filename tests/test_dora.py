@@ -1,0 +1,310 @@
+"""`DoRALinear` against the equation in fp64: the output and every gradient, over bases, shapes and dtypes.
+
+Error budgets, as ‖ours − truth‖ / ‖truth‖. fp32: 2e-5. bf16: the truth is computed from the very values the layer
+sees, so what is left is the arithmetic's own rounding (2⁻⁹ for each result, a few of them in a chain): 1.5e-2.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from qdora.base import BaseWeight
+from qdora.dense import DenseWeight
+from qdora.dora import DoRALinear, FrozenLinear
+from qdora.nf4 import NF4Weight, quantize_nf4
+from tests.reference import dora as reference
+
+BUDGET = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
+
+
+def make_base(kind: str, weight: Tensor, dtype: torch.dtype) -> BaseWeight:
+    return NF4Weight.from_tensors(quantize_nf4(weight)) if kind == "nf4" else DenseWeight(weight.to(dtype))
+
+
+def make_layer(
+    kind: str = "nf4",
+    out_features: int = 96,
+    in_features: int = 128,
+    rank: int = 8,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    use_dora: bool = True,
+    zero_rows: bool = False,
+    trained: bool = True,
+    dropout: float = 0.0,
+) -> DoRALinear:
+    torch.manual_seed(0)
+    weight = torch.randn(out_features, in_features) * 0.05
+    if zero_rows:
+        weight[::7] = 0
+    layer = DoRALinear(
+        make_base(kind, weight, dtype),
+        rank,
+        scaling=2.0,
+        bias=torch.randn(out_features).to(dtype) if bias else None,
+        use_dora=use_dora,
+        dropout=dropout,
+        dtype=dtype,
+    )
+    if trained:
+        with torch.no_grad():
+            layer.lora_B.normal_(std=0.05)
+            if layer.magnitude_offset is not None:
+                layer.magnitude_offset.normal_(std=0.1)
+    return layer
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def truth_of(layer: DoRALinear, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    W, A, B = (t.detach().double() for t in (layer.base.dequantize(torch.float32), layer.lora_A, layer.lora_B))
+    A.requires_grad_()
+    B.requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    m = None
+    if layer.magnitude_offset is not None:
+        m = (W.norm(dim=1) + layer.magnitude_offset.detach().double()).requires_grad_()
+    bias = None if layer.bias is None else layer.bias.double()
+    y = reference.forward(x64, W, A, B, m, layer.scaling, bias)
+    y.backward(g.double())
+    truth = {"y": y.detach(), "x": x64.grad, "A": A.grad, "B": B.grad}
+    return truth if m is None else {**truth, "magnitude": m.grad}
+
+
+def ours_of(layer: DoRALinear, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    y = layer(x)
+    y.backward(g)
+    ours = {"y": y.detach(), "x": x.grad, "A": layer.lora_A.grad, "B": layer.lora_B.grad}
+    return ours if layer.magnitude_offset is None else {**ours, "magnitude": layer.magnitude_offset.grad}
+
+
+def check(layer: DoRALinear, tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(tokens, layer.in_features).to(dtype)
+    g = torch.randn(tokens, layer.out_features).to(dtype)
+    ours, truth = ours_of(layer, x, g), truth_of(layer, x, g)
+    assert ours.keys() == truth.keys()
+    for name, value in truth.items():
+        assert torch.isfinite(ours[name]).all(), name
+        assert relative_error(ours[name], value) <= BUDGET[dtype], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("use_dora", [True, False], ids=["dora", "lora"])
+@pytest.mark.parametrize("kind", ["nf4", "dense"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("zero_rows", [False, True], ids=["", "zero_rows"])
+def test_forward_and_gradients_match_fp64(
+    kind: str, use_dora: bool, dtype: torch.dtype, bias: bool, zero_rows: bool
+) -> None:
+    layer = make_layer(kind, dtype=dtype, bias=bias, use_dora=use_dora, zero_rows=zero_rows)
+    check(layer, 33, dtype)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("in_features", [64, 72, 100, 33, 192])
+def test_shapes(rank: int, tokens: int, in_features: int) -> None:
+    for kind, dtype in itertools.product(["nf4", "dense"], [torch.float32, torch.bfloat16]):
+        check(make_layer(kind, 50, in_features, rank, dtype), tokens, dtype)
+
+
+@pytest.mark.parametrize("in_features", [128, 100])
+def test_many_tiles_match_fp64(monkeypatch: pytest.MonkeyPatch, in_features: int) -> None:
+    monkeypatch.setattr("qdora.nf4.TILE_BYTES", 4 * in_features * 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(make_layer("nf4", 70, in_features, dtype=dtype), 40, dtype)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_changes_no_bit(kind: str, dtype: torch.dtype) -> None:
+    layer = make_layer(kind, dtype=dtype, trained=False, zero_rows=True)
+    x = torch.randn(7, layer.in_features).to(dtype)
+    assert torch.equal(layer(x), FrozenLinear(layer.base)(x))
+    layer.enabled = False
+    assert torch.equal(layer(x), FrozenLinear(layer.base)(x))
+
+
+def test_frozen_linear_matches_fp64() -> None:
+    layer = make_layer("nf4")
+    frozen = FrozenLinear(layer.base, torch.randn(96))
+    x = torch.randn(2, 5, 128, requires_grad=True)
+    g = torch.randn(2, 5, 96)
+    y = frozen(x)
+    y.backward(g)
+    W = layer.base.dequantize().double()
+    assert relative_error(y, x.double() @ W.t() + frozen.bias.double()) < 2e-5
+    assert relative_error(x.grad, g.double() @ W) < 2e-5
+
+
+def test_a_zero_magnitude_keeps_exact_gradients() -> None:
+    layer = make_layer("nf4")
+    with torch.no_grad():
+        layer.magnitude_offset[:10] = -layer.base_norm()[:10]
+    assert (layer.magnitude()[:10] == 0).all()
+    x, g = torch.randn(20, 128), torch.randn(20, 96)
+    ours, truth = ours_of(layer, x, g), truth_of(layer, x, g)
+    assert ours["y"][:, :10].abs().max() < 1e-15
+    assert relative_error(ours["magnitude"][:10], truth["magnitude"][:10]) < 2e-5
+
+
+def test_a_zero_row_can_learn() -> None:
+    layer = make_layer("nf4", zero_rows=True, trained=False)
+    target = torch.randn(64, 96)
+    x = torch.randn(64, 128)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = (layer(x) - target).square().mean()
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+        optimizer.step()
+    assert (layer.merged_weight()[::7].norm(dim=1) > 0).all()
+
+
+def true_norm(layer: DoRALinear) -> Tensor:
+    V = layer.base.dequantize().double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    return V.norm(dim=1)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "dense"])
+@pytest.mark.parametrize("in_features", [128, 100])
+def test_the_factored_norm_is_the_dense_norm(kind: str, in_features: int) -> None:
+    layer = make_layer(kind, in_features=in_features, zero_rows=True)
+    assert relative_error(layer.weight_norm(), true_norm(layer).detach()) < 1e-6
+
+
+def optimizers() -> dict[str, object]:
+    import bitsandbytes.optim as bnb
+
+    return {
+        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+        "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+        "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+        "sgd": lambda p: torch.optim.SGD(p, lr=1e-1),
+        "bnb32": lambda p: bnb.AdamW32bit(p, lr=1e-2),
+        "bnb8": lambda p: bnb.AdamW8bit(p, lr=1e-2, min_8bit_size=1),
+    }
+
+
+@pytest.mark.parametrize("name", list(optimizers()))
+def test_the_norm_in_use_is_never_stale(name: str) -> None:
+    layer = make_layer("nf4")
+    optimizer = optimizers()[name]([p for p in layer.parameters() if p.requires_grad])  # type: ignore[operator]
+    x, target = torch.randn(40, 128), torch.randn(40, 96)
+    start = true_norm(layer)
+    for _ in range(20):
+        for _ in range(2):  # gradient accumulation
+            (layer(x) - target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            layer(x)
+        in_use = layer.magnitude() / layer.row_scale().scale
+        assert relative_error(in_use.abs(), true_norm(layer)) < 1e-5
+    assert relative_error(true_norm(layer), start) > 1e-2
+
+
+def test_the_norm_follows_edits_and_loading() -> None:
+    layer, other = make_layer("nf4"), make_layer("nf4")
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        other.lora_B.mul_(3)
+    assert not torch.equal(layer(x), other(x))
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    layer.lora_B.data = layer.lora_B.data * 2  # another storage: noticed
+    with torch.no_grad():
+        other.lora_B.mul_(2)
+    assert torch.equal(layer(x), other(x))
+    layer.lora_B.data.mul_(2)  # the one write that only `refresh` catches
+    layer.refresh()
+    with torch.no_grad():
+        other.lora_B.mul_(2)
+    assert torch.equal(layer(x), other(x))
+
+
+def test_the_norm_is_computed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer("nf4")
+    calls = 0
+    project = layer.base.project
+
+    def counted(A: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return project(A)
+
+    monkeypatch.setattr(layer.base, "project", counted)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    x = torch.randn(5, 128, requires_grad=True)
+    for _ in range(3):
+        for _ in range(4):
+            torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+        optimizer.step()
+    assert calls == 3
+
+
+def test_casting_the_model_leaves_the_constants_alone() -> None:
+    layer = make_layer("nf4")
+    before = layer.base.dequantize(), layer.base_norm()
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer.base.dequantize(), before[0])
+    assert torch.equal(layer.base_norm(), before[1])
+    assert layer.lora_A.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
+    layer = make_layer("nf4", dtype=torch.bfloat16)
+    x = torch.randn(9, 128).bfloat16()
+    g = torch.randn(9, 96).bfloat16()
+    plain = ours_of(layer, x, g)
+    for p in layer.parameters():
+        p.grad = None
+    x = x.clone().requires_grad_()
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).backward(g)
+    assert torch.equal(x.grad, plain["x"])
+    assert torch.equal(layer.lora_A.grad, plain["A"])
+    assert torch.equal(layer.magnitude_offset.grad, plain["magnitude"])
+
+
+def test_autocast_computes_in_its_dtype_with_an_fp32_norm() -> None:
+    layer = make_layer("nf4")
+    x = torch.randn(9, 128)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        norm = layer.magnitude() / layer.row_scale().scale
+    assert y.dtype == torch.bfloat16
+    assert relative_error(norm, true_norm(layer).detach()) < 1e-6
+    assert relative_error(y, truth_of(layer, x, torch.zeros(9, 96))["y"]) < BUDGET[torch.bfloat16]
+
+
+def test_dropout_thins_the_low_rank_path_only() -> None:
+    layer = make_layer("nf4", dropout=0.999, use_dora=False)
+    x = torch.randn(50, 128)
+    dropped = layer(x)
+    layer.eval()
+    kept = layer(x)
+    base = FrozenLinear(layer.base)(x)
+    assert (dropped - base).abs().median() == 0
+    assert relative_error(base, kept.double()) > 0.05
+
+
+def test_several_forwards_before_a_backward() -> None:
+    layer = make_layer("nf4")
+    x1, x2 = torch.randn(4, 128), torch.randn(6, 128)
+    (layer(x1).sum() + layer(x2).sum()).backward()
+    together = layer.lora_A.grad.clone(), layer.magnitude_offset.grad.clone()
+    layer.zero_grad()
+    layer(x1).sum().backward()
+    layer(x2).sum().backward()
+    assert torch.allclose(together[0], layer.lora_A.grad, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(together[1], layer.magnitude_offset.grad, rtol=1e-5, atol=1e-5)
