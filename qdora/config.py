@@ -48,7 +48,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if not self.target_modules or "" in self.target_modules:
+        if not self.target_modules or (isinstance(self.target_modules, tuple) and "" in self.target_modules):
             raise ConfigError(f"target_modules must name at least one module, found {self.target_modules!r}")
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if not isinstance(rank, int) or rank < 1:

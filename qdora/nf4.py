@@ -34,12 +34,13 @@ from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from qdora.base import KeepsDtype
 from qdora.errors import CheckpointError
 
-__all__ = ["BLOCKSIZE", "NF4Weight", "is_nf4_key", "quantize_nf4"]
+__all__ = ["BLOCKSIZE", "NF4Weight", "is_nf4_key", "is_packed_linear", "quantize_nf4"]
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -100,6 +101,12 @@ class NF4Weight(KeepsDtype):
         stats = {f"weight.{key}": value for key, value in tensors.items() if key}
         packed = tensors[""]
         return cls(packed, bnb.QuantState.from_dict(stats, device=packed.device))
+
+    @classmethod
+    def from_packed_linear(cls, linear: nn.Module) -> NF4Weight:
+        """From one of bitsandbytes' `Linear4bit` modules, as transformers loads them; shares its memory."""
+        weight: Any = linear.weight
+        return cls(weight.data, weight.quant_state)
 
     @property
     def device(self) -> torch.device:
@@ -225,6 +232,11 @@ def quantize_nf4(weight: Tensor, double_quant: bool = True, device: str | torch.
         state.nested = True
     stats: dict[str, Any] = state.as_dict(packed=True)
     return {"": packed, **stats}
+
+
+def is_packed_linear(module: nn.Module) -> bool:
+    """Whether this is bitsandbytes' 4-bit linear."""
+    return isinstance(module, Linear4bit)
 
 
 def is_nf4_key(key: str) -> bool:

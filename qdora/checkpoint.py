@@ -1,0 +1,316 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` beside `adapter_model.safetensors`.
+
+`PeftModel.from_pretrained` reads what is written here, and what PEFT wrote is read here. The file holds the full
+magnitude m = ‖W‖ + δ in fp32, under PEFT's name for it, which has no `.weight` at its end. In the file's metadata stand
+the facts that PEFT's config has no place for: whether the base was NF4, for `qdora merge` to know.
+
+m in fp32 does not always give δ back to the last bit: next to a norm of 1, fp32 is spaced 6e-8. A trainer that goes on
+from a checkpoint must not notice, so checkpoints (not final adapters) carry δ itself as well, in `OFFSETS_FILE`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qdora.config import ALL_LINEAR, AdapterConfig
+from qdora.dora import DoRALinear
+from qdora.errors import CheckpointError, ConfigError
+from qdora.inject import adapted_linears, attach, linear_paths
+from qdora.nf4 import NF4Weight
+from qdora.output import write_json
+
+__all__ = ["AdapterFile", "LinearAdapter", "load_adapter", "read_adapter", "save_adapter"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+OFFSETS_FILE = "magnitude_offsets.safetensors"
+_PREFIX = "base_model.model."
+_PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",  # PEFT before 0.10
+}
+_UNSUPPORTED = ("modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias")
+
+
+@dataclass(frozen=True)
+class LinearAdapter:
+    """The trained tensors of one linear."""
+
+    A: Tensor
+    """(rank, in_features)."""
+    B: Tensor
+    """(out_features, rank)."""
+    magnitude: Tensor | None
+    """(out_features,) fp32; None for LoRA."""
+    scaling: float
+
+    def check_shape(self, path: str, out_features: int, in_features: int, base: str | None) -> None:
+        """
+        Raises:
+            CheckpointError: the adapter is for a linear of another shape.
+        """
+        shape = (self.B.shape[0], self.A.shape[1])
+        if shape != (out_features, in_features):
+            raise CheckpointError(
+                f"the adapter is for another model: {path} is {out_features}×{in_features} here and "
+                f"{shape[0]}×{shape[1]} in the adapter{f', which was made for {base!r}' if base else ''}"
+            )
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter directory, read and checked."""
+
+    config: AdapterConfig
+    linears: dict[str, LinearAdapter]
+    """By the path of the linear in the model."""
+    base_model: str | None
+    """What the adapter says it was trained on."""
+    base_is_nf4: bool | None
+    """Whether that base was NF4; None if the file does not say (PEFT's do not)."""
+
+
+def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False) -> None:
+    """Write the model's adapters to the directory `out`, which is made if need be.
+
+    Args:
+        model: with adapters attached.
+        exact_offsets: also write the magnitude offsets bit for bit, for a trainer to go on from.
+
+    Raises:
+        ConfigError: the model has no adapters.
+    """
+    layers = adapted_linears(model)
+    if not layers:
+        raise ConfigError("the model has no adapters to save; attach some with load_model(path, adapter=...)")
+    config: AdapterConfig = model.qdora_adapter  # type: ignore[assignment]
+    directory = Path(out)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for path, layer in layers.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+        if layer.use_dora:
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = layer.magnitude().cpu()
+    is_nf4 = all(isinstance(layer.base, NF4Weight) for layer in layers.values())
+    metadata = {"format": "pt", "qdora_base": "nf4" if is_nf4 else "dense"}
+    targets = _target_names(config, list(layers), linear_paths(model))
+    _replace_file(directory / WEIGHTS_FILE, tensors, metadata)
+    if exact_offsets and config.use_dora:
+        offsets = {path: layer.magnitude_offset.detach().cpu() for path, layer in layers.items()}  # type: ignore[union-attr]
+        _replace_file(directory / OFFSETS_FILE, offsets, {"format": "pt"})
+    write_json(directory / CONFIG_FILE, _peft_config(config, targets, getattr(model.config, "_name_or_path", None)))
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> None:
+    """Load an adapter directory, ours or PEFT's, into a model; attaches the adapters if there are none yet.
+
+    Raises:
+        CheckpointError: the directory is no adapter, is damaged, not finite, uses what DoRALinear has not, or is for
+            another model.
+    """
+    adapter = read_adapter(path)
+    _check_fits(adapter, model)
+    if not adapted_linears(model):
+        paths = list(adapter.linears)
+        config = replace(
+            adapter.config, target_modules=_target_names(adapter.config, paths, linear_paths(model), keep_all=True)
+        )
+        attach(model, config)
+        model.qdora_adapter = config  # type: ignore[assignment]
+    layers = adapted_linears(model)
+    if layers.keys() != adapter.linears.keys():
+        odd = sorted(layers.keys() ^ adapter.linears.keys())
+        raise CheckpointError(f"{path} adapts other linears than the model does, first {odd[0]!r}; load a fresh model")
+    offsets = _read_offsets(Path(path))
+    for name, layer in layers.items():
+        _copy_into(layer, adapter.linears[name], offsets.get(name), name)
+
+
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Read an adapter directory and check everything that can be checked without the model.
+
+    Raises:
+        CheckpointError: see `load_adapter`.
+    """
+    directory = Path(path)
+    if not (directory / CONFIG_FILE).is_file():
+        found = "a model directory" if (directory / "config.json").is_file() else "no such file"
+        raise CheckpointError(f"{directory} is not an adapter: expected {CONFIG_FILE}, found {found}")
+    raw = _read_json(directory / CONFIG_FILE)
+    config = _config_from_peft(raw, directory)
+    try:
+        tensors = load_file(directory / WEIGHTS_FILE)
+        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{directory / WEIGHTS_FILE} is missing or damaged: {error}") from None
+    linears = {
+        name: _linear_adapter(name, parts, config, directory) for name, parts in _grouped(tensors, directory).items()
+    }
+    in_bf16 = all(linear.A.dtype == torch.bfloat16 for linear in linears.values())
+    config = replace(config, dtype="bfloat16" if in_bf16 else "float32")
+    base = {"nf4": True, "dense": False}.get(metadata.get("qdora_base", ""))
+    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), base)
+
+
+def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, Tensor]]:
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        suffix = next((suffix for suffix in _PARTS if key.endswith(suffix)), None)
+        if suffix is None:
+            raise CheckpointError(f"{directory} holds {key!r}, which is no part of a LoRA or DoRA linear")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{directory} holds values that are not finite in {key!r}; its training went wrong")
+        grouped.setdefault(key.removeprefix(_PREFIX).removesuffix(suffix), {})[_PARTS[suffix]] = tensor
+    if not grouped:
+        raise CheckpointError(f"{directory} holds no adapter tensors")
+    return grouped
+
+
+def _linear_adapter(name: str, parts: dict[str, Tensor], config: AdapterConfig, directory: Path) -> LinearAdapter:
+    expected = {"A", "B", "magnitude"} if config.use_dora else {"A", "B"}
+    if parts.keys() != expected:
+        raise CheckpointError(
+            f"{directory}: {name} has the parts {', '.join(sorted(parts))}; with use_dora={config.use_dora} "
+            f"it needs {', '.join(sorted(expected))}"
+        )
+    A, B, magnitude = parts["A"], parts["B"], parts.get("magnitude")
+    rank = config.rank_of(name)
+    sizes_agree = A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1] == rank
+    if not sizes_agree or (magnitude is not None and magnitude.shape != B.shape[:1]):
+        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in sorted(parts.items()))
+        raise CheckpointError(f"{directory}: the shapes of {name} do not agree with rank {rank}: {shapes}")
+    return LinearAdapter(A, B, None if magnitude is None else magnitude.float(), config.scaling_of(name))
+
+
+def _check_fits(adapter: AdapterFile, model: nn.Module) -> None:
+    paths = set(linear_paths(model))
+    for name, linear in adapter.linears.items():
+        if name not in paths:
+            raise CheckpointError(
+                f"the adapter is for another model: it adapts {name!r}, which is not a linear here"
+                f"{f'; it was made for {adapter.base_model!r}' if adapter.base_model else ''}"
+            )
+        module: Any = model.get_submodule(name)
+        if isinstance(module, DoRALinear) and linear.A.shape[0] != module.rank:
+            raise CheckpointError(f"{name} has rank {module.rank} here and {linear.A.shape[0]} in the adapter")
+        out_features, in_features = _shape_of(module)
+        linear.check_shape(name, out_features, in_features, adapter.base_model)
+
+
+def _shape_of(module: Any) -> tuple[int, int]:
+    if hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    return module.weight.shape[1], module.weight.shape[0]  # Conv1D
+
+
+@torch.no_grad()
+def _copy_into(layer: DoRALinear, adapter: LinearAdapter, offset: Tensor | None, name: str) -> None:
+    if layer.use_dora != (adapter.magnitude is not None):
+        raise CheckpointError(f"{name}: one of model and adapter has a magnitude and the other has none")
+    layer.scaling = adapter.scaling
+    layer.lora_A.copy_(adapter.A)
+    layer.lora_B.copy_(adapter.B)
+    if layer.magnitude_offset is not None and adapter.magnitude is not None:
+        if offset is None:
+            offset = adapter.magnitude.to(layer.base.device) - layer.base_norm()
+        layer.magnitude_offset.copy_(offset)
+    layer.refresh()
+
+
+def _read_offsets(directory: Path) -> dict[str, Tensor]:
+    path = directory / OFFSETS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def _target_names(
+    config: AdapterConfig, adapted: Iterable[str], linears: Iterable[str], keep_all: bool = False
+) -> str | tuple[str, ...]:
+    """The shortest way to say which linears are adapted that says exactly that."""
+    adapted = set(adapted)
+
+    def exact(candidate: AdapterConfig) -> bool:
+        return {path for path in linears if candidate.targets(path)} == adapted
+
+    if exact(config) and (keep_all or config.target_modules != ALL_LINEAR):
+        return config.target_modules
+    last_names = tuple(sorted({path.rpartition(".")[2] for path in adapted}))
+    return last_names if exact(replace(config, target_modules=last_names)) else tuple(sorted(adapted))
+
+
+def _peft_config(config: AdapterConfig, targets: str | tuple[str, ...], base: str | None) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+
+def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{directory} is a {raw.get('peft_type')!r} adapter; only LORA (with or without DoRA) fits")
+    unsupported = [name for name in _UNSUPPORTED if raw.get(name)]
+    if raw.get("bias", "none") != "none":
+        unsupported.append("bias")
+    if unsupported:
+        raise CheckpointError(f"{directory} uses {', '.join(unsupported)}, which qdora does not load")
+    targets = raw.get("target_modules") or ALL_LINEAR
+    try:
+        return AdapterConfig(
+            rank=raw["r"],
+            alpha=raw["lora_alpha"],
+            dropout=raw.get("lora_dropout", 0.0),
+            use_dora=bool(raw.get("use_dora", False)),
+            use_rslora=bool(raw.get("use_rslora", False)),
+            target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE} is not a LoRA config: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content
+
+
+def _replace_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    scratch = path.with_name(f".{path.name}.unfinished")
+    save_file(tensors, scratch, metadata=metadata)
+    scratch.replace(path)

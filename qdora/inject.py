@@ -1,0 +1,109 @@
+"""Swapping a model's linears for ours, and finding them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qdora.base import BaseWeight
+from qdora.config import AdapterConfig
+from qdora.dense import DenseWeight
+from qdora.dora import DoRALinear, FrozenLinear
+from qdora.errors import ConfigError
+from qdora.nf4 import NF4Weight, is_packed_linear
+
+__all__ = ["adapted_linears", "adapters_disabled", "attach", "freeze_packed", "linear_paths"]
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Paths of the linears that may carry an adapter: every one but the output head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [path for path, module in model.named_modules() if _is_linear(module) and module is not head]
+
+
+def adapted_linears(model: nn.Module) -> dict[str, DoRALinear]:
+    """Every adapted linear of the model by its path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, DoRALinear)}
+
+
+def freeze_packed(model: nn.Module) -> None:
+    """Replace each of bitsandbytes' 4-bit linears by a `FrozenLinear` over the same memory, in place."""
+    for path, module in list(model.named_modules()):
+        if is_packed_linear(module):
+            base, bias = _base_of(module)
+            model.set_submodule(path, FrozenLinear(base, bias))
+
+
+def attach(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Freeze the model and give each targeted linear a fresh adapter, in place.
+
+    Returns:
+        The paths of the adapted linears.
+
+    Raises:
+        ConfigError: there are adapters already, or no linear is targeted.
+    """
+    if adapted_linears(model):
+        raise ConfigError("the model already carries adapters; load it afresh to attach others")
+    paths = linear_paths(model)
+    targets = [path for path in paths if config.targets(path)]
+    if not targets:
+        names = sorted({path.rpartition(".")[2] for path in paths})
+        raise ConfigError(f"target_modules {config.target_modules!r} matches no linear; there are {', '.join(names)}")
+    if not isinstance(config.target_modules, str):
+        _check_each_is_found(config.target_modules, targets, paths)
+    model.requires_grad_(False)
+    for path in targets:
+        base, bias = _base_of(model.get_submodule(path))
+        layer = DoRALinear(
+            base,
+            config.rank_of(path),
+            config.scaling_of(path),
+            bias,
+            config.use_dora,
+            config.dropout,
+            getattr(torch, config.dtype),
+        )
+        model.set_submodule(path, layer.train(model.training))
+    return targets
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Within it the model computes as its base does, without its adapters."""
+    layers = list(adapted_linears(model).values())
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D | FrozenLinear | DoRALinear) or is_packed_linear(module)
+
+
+def _base_of(module: nn.Module) -> tuple[BaseWeight, Tensor | None]:
+    if isinstance(module, FrozenLinear):
+        return module.base, module.bias
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    if is_packed_linear(module):
+        return NF4Weight.from_packed_linear(module), bias
+    return DenseWeight(weight.t() if isinstance(module, Conv1D) else weight), bias
+
+
+def _check_each_is_found(names: tuple[str, ...], targets: list[str], paths: list[str]) -> None:
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in targets):
+            known = sorted({path.rpartition(".")[2] for path in paths})
+            raise ConfigError(f"target module {name!r} matches no linear; there are {', '.join(known)}")
+

@@ -1,0 +1,316 @@
+"""Loading models: the only file that knows how transformers does it.
+
+What comes out is an ordinary transformers model whose 4-bit linears are ours. transformers marks a model that it loaded
+in 4 bits, and its trainers refuse one that is marked "purely quantized" by looking at those marks, not at what can be
+trained; since the linears are ours, the marks would be untrue, and they are taken off.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qdora import checkpoint
+from qdora.config import AdapterConfig
+from qdora.errors import CheckpointError, ConfigError
+from qdora.inject import attach, freeze_packed, linear_paths
+from qdora.shards import INDEX_FILE, SINGLE_FILE, ShardReader
+
+__all__ = ["Linears", "compute_dtype", "load_model", "load_tokenizer", "local_model", "model_linears", "nf4_config"]
+
+_logger = logging.getLogger(__name__)
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_NOT_COPIED = (INDEX_FILE, "config.json", "adapter_config.json", "trainer_state.json")
+
+
+def load_model(
+    path: str | Path,
+    adapter: AdapterConfig | str | Path | None = None,
+    *,
+    dtype: str = "bfloat16",
+    device: str | torch.device | None = None,
+    load_in_4bit: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model with frozen base weights, and adapters attached if asked for.
+
+    Args:
+        path: an NF4 checkpoint, a 16-bit model directory or a Hub id.
+        adapter: an `AdapterConfig` for fresh adapters, or an adapter directory (ours or PEFT's).
+        dtype: of the arithmetic, and of what is not quantized.
+        device: defaults to the accelerator, if there is one.
+        load_in_4bit: quantize a 16-bit model to NF4 as it loads; False leaves its base weights dense.
+        trust_remote_code: let a model run Python code of its own. Off unless you trust where it comes from.
+
+    Returns:
+        A transformers model; with an adapter, exactly the adapter's parameters require gradients.
+
+    Raises:
+        CheckpointError: not a model, damaged, or the adapter is for another one.
+        ConfigError: an argument is wrong.
+    """
+    source = local_model(path)
+    config = _load_config(source, trust_remote_code)
+    packed = _check_quantization(config, source)
+    ShardReader(source)  # finds damage that would otherwise end in a traceback or a half-initialized model
+    quantization = None if packed or not load_in_4bit else nf4_config(compute_dtype(dtype))
+    with _quietly():
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=compute_dtype(dtype),
+            quantization_config=quantization,
+            device_map={"": torch.device(device) if device is not None else PartialState().device},
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    freeze_packed(model)
+    _take_off_marks(model)
+    model.requires_grad_(False)
+    model.config._name_or_path = str(path)
+    if isinstance(adapter, AdapterConfig):
+        attach(model, adapter)
+        model.qdora_adapter = adapter
+    elif adapter is not None:
+        checkpoint.load_adapter(model, adapter)
+    return model
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it is a slow one without a fast counterpart.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(local_model(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} has no usable tokenizer: {_first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Which weights of a checkpoint are linears, found from the config alone."""
+
+    transposed: dict[str, bool]
+    """Path of the linear in the model → whether its weight is stored (in, out), as GPT-2's `Conv1D` does."""
+    skipped: tuple[str, ...]
+    """The modules that stay 16-bit: the head and what the user named."""
+    prefix: str
+    """Of the base model (`model`, `transformer`), which some checkpoints leave out of their keys."""
+
+    def find(self, key: str) -> str | None:
+        """The path of the linear whose weight is stored under this key; None if it is no linear's."""
+        path = key.removesuffix(".weight")
+        if path == key:
+            return None
+        for candidate in (path, f"{self.prefix}.{path}", path.removeprefix(f"{self.prefix}.")):
+            if candidate in self.transposed:
+                return candidate
+        return None
+
+    def quantizes(self, path: str) -> bool:
+        """Whether this linear becomes NF4."""
+        return should_convert_module(path, list(self.skipped))
+
+
+def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_remote_code: bool = False) -> Linears:
+    """Build the architecture without weights and list its linears.
+
+    Raises:
+        CheckpointError: the directory is no causal language model.
+        ConfigError: a module to skip matches nothing.
+    """
+    config = _load_config(directory, trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"), _quietly():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    for name in skip_modules:
+        if not any(not should_convert_module(path, [name]) for path, _ in model.named_modules()):
+            raise ConfigError(f"skip_modules names {name!r}, which matches no module of the model")
+    head = model.get_output_embeddings()
+    heads = tuple(path for path, module in model.named_modules() if module is head and head is not None)
+    transposed = {path: isinstance(model.get_submodule(path), Conv1D) for path in linear_paths(model)}
+    return Linears(transposed, (*heads, *skip_modules), model.base_model_prefix)
+
+
+def nf4_config(
+    dtype: torch.dtype, double_quant: bool = True, skip_modules: tuple[str, ...] | None = None
+) -> BitsAndBytesConfig:
+    """transformers' description of our NF4 format."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=None if skip_modules is None else list(skip_modules),
+    )
+
+
+def is_nf4_checkpoint(directory: Path) -> bool:
+    """Whether the directory holds an NF4 checkpoint rather than a 16-bit model.
+
+    Raises:
+        CheckpointError: quantized in another way.
+    """
+    return _check_quantization(_load_config(directory, trust_remote_code=False), directory)
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """
+    Raises:
+        ConfigError: not one of the three.
+    """
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, found {name!r}")
+    return _DTYPES[name]
+
+
+def local_model(path: str | Path) -> Path:
+    """The directory of a model: `path` itself, or a Hub id's files, downloaded.
+
+    Raises:
+        CheckpointError: no such directory, and no such model on the Hub.
+    """
+    directory = Path(path)
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise CheckpointError(f"{path} is an adapter, not a model; name the model it was trained on")
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise CheckpointError(f"{path} is not a model directory: it has no config.json")
+        return directory
+    if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise CheckpointError(f"no model at {path}: expected a directory with config.json, or a Hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", *_SIDE_FILES]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"no model at {path}: not a directory here, and the Hub gave none ({_first_line(error)})"
+        ) from None
+
+
+def find_gguf(path: str | Path) -> Path | None:
+    """The GGUF file that `path` is or, being a directory without a config, holds.
+
+    Raises:
+        CheckpointError: the directory holds several.
+    """
+    candidate = Path(path)
+    if candidate.suffix == ".gguf" and candidate.is_file():
+        return candidate
+    if not candidate.is_dir() or (candidate / "config.json").is_file():
+        return None
+    files = sorted(candidate.glob("*.gguf"))
+    if len(files) > 1:
+        raise CheckpointError(f"{path} holds {len(files)} GGUF files ({files[0].name}, …); name one of them")
+    return files[0] if files else None
+
+
+def gguf_to_directory(file: Path, directory: Path, dtype: torch.dtype, max_shard_size: int) -> None:
+    """Unpack a GGUF file to a model directory. Unlike the rest, this holds the whole model in memory.
+
+    Raises:
+        CheckpointError: damaged, or of an architecture that transformers does not read from GGUF.
+    """
+    try:
+        with _quietly():
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
+            tokenizer.save_pretrained(directory)
+    except Exception as error:
+        # gguf and transformers raise IndexError, struct.error, KeyError and more on a damaged file
+        raise CheckpointError(f"{file} cannot be read as GGUF: {_first_line(error)}") from None
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Tokenizer, chat template, generation config: whatever travels with a model besides weights and config."""
+    for pattern in _SIDE_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.name not in _NOT_COPIED:
+                shutil.copyfile(file, target / file.name)
+
+
+def _load_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory} has no usable config.json: {_first_line(error)}") from None
+
+
+def _check_quantization(config: PretrainedConfig, directory: Path) -> bool:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return False
+    found = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if found.get("load_in_4bit") and found.get("bnb_4bit_quant_type") == "nf4":
+        return True
+    kind = found.get("bnb_4bit_quant_type") if found.get("load_in_4bit") else found.get("quant_method")
+    raise CheckpointError(f"{directory} is quantized as {kind!s}; start from its 16-bit original, or from NF4")
+
+
+def _take_off_marks(model: PreTrainedModel) -> None:
+    for name in ("is_loaded_in_4bit", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers' loading bars and advice out of our output; errors still come as exceptions."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many values train."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+

@@ -1,0 +1,175 @@
+"""`qdora quantize`: a 16-bit model to an NF4 checkpoint, tensor by tensor.
+
+Peak memory is the largest tensor, its quantized form and one output shard, whatever the model's size. The format is
+transformers' for bitsandbytes, so plain `AutoModelForCausalLM.from_pretrained` reads the result.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+
+from qdora.errors import CheckpointError
+from qdora.model import (
+    Linears,
+    compute_dtype,
+    copy_side_files,
+    find_gguf,
+    gguf_to_directory,
+    is_nf4_checkpoint,
+    local_model,
+    model_linears,
+    nf4_config,
+)
+from qdora.nf4 import NF4Weight, quantize_nf4
+from qdora.output import check_output, new_directory, write_json
+from qdora.shards import ShardReader, ShardWriter, format_bytes, parse_size
+
+__all__ = ["QuantizeReport", "quantize"]
+
+
+@dataclass
+class QuantizeReport:
+    """What `quantize` did."""
+
+    out: Path
+    bytes_before: int = 0
+    bytes_after: int = 0
+    quantized_values: int = 0
+    quantized_bytes: int = 0
+    kept_values: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+    """Path of each quantized linear → ‖W − Ŵ‖/‖W‖."""
+    kept_linears: list[str] = field(default_factory=list)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized linears, absmax included."""
+        return 8 * self.quantized_bytes / max(1, self.quantized_values)
+
+    def __str__(self) -> str:
+        values = self.quantized_values + self.kept_values
+        worst = sorted(self.errors.items(), key=lambda item: -item[1])[:3]
+        lines = [
+            f"{format_bytes(self.bytes_before)} → {format_bytes(self.bytes_after)}: {len(self.errors)} linears in NF4 at "
+            f"{self.bits_per_weight:.2f} bits per weight, {100 * self.quantized_values / max(1, values):.0f} % of all "
+            f"weights; the rest stays 16-bit ({8 * self.bytes_after / max(1, values):.2f} bits per weight in all)",
+            "relative error of the worst layers: " + ", ".join(f"{path} {error:.4f}" for path, error in worst),
+        ]
+        if self.kept_linears:
+            lines.append(f"kept in 16 bits as asked: {', '.join(self.kept_linears)}")
+        return "\n".join(lines)
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    skip_modules: Sequence[str] = (),
+    double_quant: bool = True,
+    dtype: str = "bfloat16",
+    max_shard_size: str | int = "5GB",
+    device: str | torch.device | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> QuantizeReport:
+    """Write `model` to `out` with the linears of its decoder in NF4.
+
+    Args:
+        model: a directory with safetensors, a Hub id, a GGUF file or a directory with one.
+        out: the directory to write; it appears whole or not at all.
+        skip_modules: linears to leave in 16 bits, by name or path. The head always stays.
+        double_quant: store the absmax in 8 bits too (4.13 instead of 4.5 bits per weight).
+        dtype: of what is not quantized: `bfloat16` or `float16`.
+        max_shard_size: of the output, as `5GB` or in bytes.
+        device: where to quantize; the accelerator, if there is one.
+        overwrite: replace `out` if it holds something.
+
+    Raises:
+        CheckpointError: the model is missing, damaged, quantized already or has no linears.
+        ConfigError: an argument is wrong, or `out` is in use.
+    """
+    shard_bytes, kept_dtype = parse_size(max_shard_size), compute_dtype(dtype)
+    check_output(out, overwrite)
+    with ExitStack() as stack:
+        gguf = find_gguf(model)
+        if gguf is not None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="qdora-gguf-"))
+            gguf_to_directory(gguf, Path(scratch), kept_dtype, shard_bytes)
+            source = Path(scratch)
+        else:
+            source = local_model(model)
+        if is_nf4_checkpoint(source):
+            raise CheckpointError(f"{model} is in NF4 already; train on it as it is")
+        reader = ShardReader(source)
+        linears = model_linears(source, tuple(skip_modules), trust_remote_code)
+        directory = stack.enter_context(new_directory(out, overwrite))
+        report = QuantizeReport(Path(out), bytes_before=reader.total_bytes)
+        target = torch.device(device) if device is not None else PartialState().device
+        with ShardWriter(directory, shard_bytes) as writer, _progress(reader) as bar:
+            for key in reader.keys():  # noqa: SIM118 (not a mapping)
+                for name, tensor in _convert(key, reader.get(key), linears, kept_dtype, double_quant, target, report):
+                    writer.add(name, tensor)
+                bar.update(reader.nbytes(key))
+        if not report.errors:
+            raise CheckpointError(f"{model}: none of its {len(reader.keys())} tensors is a linear of the model")
+        report.bytes_after = writer.total_bytes
+        _write_config(source, directory, linears, kept_dtype, double_quant)
+        copy_side_files(source, directory)
+    return report
+
+
+def _convert(
+    key: str,
+    tensor: Tensor,
+    linears: Linears,
+    dtype: torch.dtype,
+    double_quant: bool,
+    device: torch.device,
+    report: QuantizeReport,
+) -> list[tuple[str, Tensor]]:
+    """The tensors that stand for one tensor of the source."""
+    path = linears.find(key)
+    plain = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if path is None or not linears.quantizes(path):
+        report.kept_values += plain.numel()
+        if path is not None:
+            report.kept_linears.append(path)
+        return [(key, plain)]
+    weight = plain.t().contiguous() if linears.transposed[path] else plain
+    parts = quantize_nf4(weight, double_quant, device)
+    report.quantized_values += weight.numel()
+    report.quantized_bytes += sum(part.nbytes for part in parts.values())
+    report.errors[path] = _relative_error(weight, NF4Weight.from_tensors(parts))
+    return [(f"{key}.{name}" if name else key, part) for name, part in parts.items()]
+
+
+def _relative_error(weight: Tensor, quantized: NF4Weight) -> float:
+    error = norm = 0.0
+    for rows, tile in quantized.tiles(torch.float32):
+        original = weight[rows].float()
+        error += float((tile - original).square().sum())
+        norm += float(original.square().sum())
+    return (error / norm) ** 0.5 if norm else 0.0
+
+
+def _write_config(source: Path, directory: Path, linears: Linears, dtype: torch.dtype, double_quant: bool) -> None:
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    name = str(dtype).removeprefix("torch.")
+    config["dtype"] = name
+    config.pop("torch_dtype", None)
+    config["quantization_config"] = nf4_config(dtype, double_quant, linears.skipped).to_dict()
+    write_json(directory / "config.json", config)
+
+
+def _progress(reader: ShardReader) -> tqdm:
+    return tqdm(total=reader.total_bytes, unit="B", unit_scale=True, desc="quantize", leave=False)

@@ -1,0 +1,201 @@
+"""Reading and writing sharded safetensors models one tensor at a time.
+
+The bound. A reader never holds more than the tensor it was asked for: the file is opened for each one, because an open
+safetensors file keeps every page that was touched mapped, and a 5 GB shard would grow to 5 GB of memory. A writer holds
+one output shard. Neither ever holds the model.
+
+Only safetensors is read. Pickled weights run code when they are opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qdora.errors import CheckpointError, ConfigError
+
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "ShardReader", "ShardWriter", "format_bytes", "parse_size"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class ShardReader:
+    """The tensors of a model directory, read from disk when asked for.
+
+    Args:
+        directory: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+
+    Raises:
+        CheckpointError: no weights, only pickled ones, a shard missing, damaged or outside the directory, or an index
+            that does not agree with its shards.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._file_of: dict[str, Path] = {}
+        self._bytes_of: dict[str, int] = {}
+        named = self._read_index()
+        for file in sorted(set(named.values())) if named else [self._single()]:
+            self._read_header(file)
+        missing = sorted(named.keys() - self._file_of.keys())
+        if missing:
+            raise CheckpointError(
+                f"{self.directory / INDEX_FILE} names {len(missing)} tensors that its shards do not hold, "
+                f"first {missing[0]!r}; download the model again"
+            )
+
+    def _single(self) -> Path:
+        path = self.directory / SINGLE_FILE
+        if path.is_file():
+            return path
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.directory.glob(pattern))
+        if pickled:
+            raise CheckpointError(
+                f"{self.directory} holds only pickled weights ({pickled[0]}), which run code when opened; "
+                "convert the model to safetensors first"
+            )
+        raise CheckpointError(f"{self.directory} holds no weights: expected {SINGLE_FILE} or {INDEX_FILE}")
+
+    def _read_index(self) -> dict[str, Path]:
+        path = self.directory / INDEX_FILE
+        if not path.is_file():
+            return {}
+        try:
+            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            names = {str(key): str(name) for key, name in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{path} is not a safetensors index; download the model again") from None
+        for name in set(names.values()):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{path} names a shard outside its directory or of another kind: {name!r}")
+            if not (self.directory / name).is_file():
+                raise CheckpointError(f"{path} names {name}, which is not there; download the model again")
+        return {key: self.directory / name for key, name in names.items()}
+
+    def _read_header(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    if key in self._file_of:
+                        raise CheckpointError(f"{key!r} stands in both {self._file_of[key].name} and {path.name}")
+                    part = file.get_slice(key)
+                    self._file_of[key] = path
+                    self._bytes_of[key] = math.prod(part.get_shape()) * _bytes_per_value(part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or cut short ({error}); download or write it again"
+            ) from None
+
+    def keys(self) -> list[str]:
+        """The names of all tensors, in the order of the files."""
+        return list(self._file_of)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
+    def nbytes(self, key: str) -> int:
+        """The size of one tensor on disk."""
+        return self._bytes_of[key]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self._bytes_of.values())
+
+    @property
+    def largest_bytes(self) -> int:
+        return max(self._bytes_of.values(), default=0)
+
+    def get(self, key: str) -> Tensor:
+        """Read one tensor into memory of its own."""
+        try:
+            with safe_open(self._file_of[key], framework="pt") as file:
+                # The clone lets go of the mapping, and of the pages it holds, as soon as the file is closed.
+                return file.get_tensor(key).clone()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {key!r} from {self._file_of[key]}: {error}") from None
+
+
+class ShardWriter:
+    """Writes tensors to shards of a bounded size, then an index if there is more than one.
+
+    Use as a context manager; the names on disk follow Hugging Face (`model-00001-of-00003.safetensors`).
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
+        self.directory, self.max_shard_bytes = directory, max_shard_bytes
+        self.total_bytes = 0
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Queue a tensor, on the CPU and contiguous; a full shard is written out."""
+        if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
+            self._write()
+        self._pending[key] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
+
+    def _write(self) -> None:
+        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.directory / f"model.part-{number:05d}.safetensors"
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        if self._pending:
+            self._write()
+        count = len(self._shards)
+        if count == 1:
+            self._part(0).rename(self.directory / SINGLE_FILE)
+            return
+        weight_map = {}
+        for number, keys in enumerate(self._shards):
+            name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self.directory / name)
+            weight_map.update(dict.fromkeys(keys, name))
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes in `5GB`, `200MiB` or `1000000`.
+
+    Raises:
+        ConfigError: not a positive size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?i?B?)\s*", str(text), re.IGNORECASE)
+    unit = match[2].upper() if match else None
+    size = int(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
+    if size <= 0:
+        raise ConfigError(f"not a size: {text!r}; write it as 5GB, 200MB or 512MiB")
+    return size
+
+
+def format_bytes(count: float) -> str:
+    """`1.23 GB`, in powers of ten."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def _bytes_per_value(dtype: str) -> int:
+    return {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}.get(
+        dtype, 8 if dtype in ("I64", "U64", "F64") else 4
+    )
