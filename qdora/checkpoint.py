@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qdora.config import ALL_LINEAR, AdapterConfig
 from qdora.dora import DoRALinear
 from qdora.errors import CheckpointError, ConfigError
-from qdora.inject import adapted_linears, attach, linear_paths
+from qdora.inject import adapted_linears, attach, linear_paths, linear_shape
 from qdora.nf4 import NF4Weight
 from qdora.output import write_json
 
@@ -206,14 +206,8 @@ def _check_fits(adapter: AdapterFile, model: nn.Module) -> None:
         module: Any = model.get_submodule(name)
         if isinstance(module, DoRALinear) and linear.A.shape[0] != module.rank:
             raise CheckpointError(f"{name} has rank {module.rank} here and {linear.A.shape[0]} in the adapter")
-        out_features, in_features = _shape_of(module)
+        out_features, in_features = linear_shape(module)
         linear.check_shape(name, out_features, in_features, adapter.base_model)
-
-
-def _shape_of(module: Any) -> tuple[int, int]:
-    if hasattr(module, "out_features"):
-        return module.out_features, module.in_features
-    return module.weight.shape[1], module.weight.shape[0]  # Conv1D
 
 
 @torch.no_grad()
@@ -278,7 +272,8 @@ def _peft_config(config: AdapterConfig, targets: str | tuple[str, ...], base: st
 
 def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
     if raw.get("peft_type") != "LORA":
-        raise CheckpointError(f"{directory} is a {raw.get('peft_type')!r} adapter; only LORA (with or without DoRA) fits")
+        found = raw.get("peft_type")
+        raise CheckpointError(f"{directory} is a {found!r} adapter; only LORA (with or without DoRA) fits")
     unsupported = [name for name in _UNSUPPORTED if raw.get(name)]
     if raw.get("bias", "none") != "none":
         unsupported.append("bias")

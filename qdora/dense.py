@@ -5,12 +5,14 @@ With it, DoRA and LoRA on an unquantized model run through the very same `DoRALi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 __all__ = ["DenseWeight"]
 
-_NORM_ROWS = 1024  # rows converted to fp32 at a time
+_TILE_ROWS = 1024
 
 
 class DenseWeight(nn.Module):
@@ -32,6 +34,12 @@ class DenseWeight(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight.dtype}"
 
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their weights in `dtype`), a few rows at a time."""
+        for start in range(0, self.out_features, _TILE_ROWS):
+            rows = slice(start, min(start + _TILE_ROWS, self.out_features))
+            yield rows, self.weight[rows].to(dtype)
+
     def linear(self, x_TI: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
         """x · (scale ⊙ W)ᵀ, as a (T, O) tensor of x's dtype."""
         y_TO = x_TI @ self.weight.t().to(x_TI.dtype)
@@ -45,11 +53,11 @@ class DenseWeight(nn.Module):
     def project(self, A_RI: Tensor) -> Tensor:
         """W · Aᵀ, as an (O, R) fp32 tensor; the arithmetic is fp32."""
         A_IR = A_RI.float().t()
-        return torch.cat([part.float() @ A_IR for part in self.weight.split(_NORM_ROWS)])
+        return torch.cat([tile @ A_IR for _, tile in self.tiles(torch.float32)])
 
     def row_norms_squared(self) -> Tensor:
         """‖W‖² of each row, as an (O,) fp32 tensor."""
-        return torch.cat([part.float().square().sum(dim=1) for part in self.weight.split(_NORM_ROWS)])
+        return torch.cat([tile.square().sum(dim=1) for _, tile in self.tiles(torch.float32)])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole weight, (O, I), in another dtype."""

@@ -43,7 +43,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.base import BaseWeight, KeepsDtype
 
-__all__ = ["DoRALinear", "FrozenLinear", "RowScale"]
+__all__ = ["DoRALinear", "FrozenLinear", "RowScale", "merge_rows"]
 
 _SMALLEST_SCALE = 2.0**-60
 _REDUCE_BYTES = 4 * 2**20
@@ -57,6 +57,18 @@ def _count_step(*_: Any) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
+
+
+def merge_rows(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, magnitude_O: Tensor | None, scaling: float) -> Tensor:
+    """W' for some rows of a linear, (O, I) fp32; the norm is taken of the dense V. Without a magnitude, V (LoRA).
+
+    A row of V that is zero stays zero.
+    """
+    V_OI = torch.addmm(W_OI.float(), B_OR.float(), A_RI.float(), alpha=scaling)
+    if magnitude_O is None:
+        return V_OI
+    norm_O = V_OI.norm(dim=1)
+    return V_OI * torch.where(norm_O > 0, magnitude_O / norm_O, 1.0)[:, None]
 
 
 class RowScale(NamedTuple):
@@ -235,9 +247,9 @@ class DoRALinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W' whole, (O, I). For tests and small models; `qdora.merge` does the same from files, shard by shard."""
-        V = self.base.dequantize(torch.float32) + self.scaling * (self.lora_B.float() @ self.lora_A.float())
-        row_scale = self.row_scale()
-        return (V if row_scale is None else V * row_scale.scale[:, None]).to(dtype)
+        magnitude = None if self.magnitude_offset is None else self.magnitude()
+        W = self.base.dequantize(torch.float32)
+        return merge_rows(W, self.lora_A, self.lora_B, magnitude, self.scaling).to(dtype)
 
 
 class _Constant(KeepsDtype):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,23 @@ from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import ConfigError
 from qdora.nf4 import NF4Weight, is_packed_linear
 
-__all__ = ["adapted_linears", "adapters_disabled", "attach", "freeze_packed", "linear_paths"]
+__all__ = ["adapted_linears", "adapters_disabled", "attach", "freeze_packed", "linear_paths", "linear_shape"]
 
 
 def linear_paths(model: nn.Module) -> list[str]:
     """Paths of the linears that may carry an adapter: every one but the output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     return [path for path, module in model.named_modules() if _is_linear(module) and module is not head]
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of one of them; GPT-2's `Conv1D` stores its weight the other way round."""
+    if isinstance(linear, Conv1D):
+        in_features, out_features = linear.weight.shape
+        return out_features, in_features
+    module: Any = linear
+    return module.out_features, module.in_features
 
 
 def adapted_linears(model: nn.Module) -> dict[str, DoRALinear]:
@@ -106,4 +117,3 @@ def _check_each_is_found(names: tuple[str, ...], targets: list[str], paths: list
         if not any(path == name or path.endswith(f".{name}") for path in targets):
             known = sorted({path.rpartition(".")[2] for path in paths})
             raise ConfigError(f"target module {name!r} matches no linear; there are {', '.join(known)}")
-

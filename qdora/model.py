@@ -34,8 +34,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qdora import checkpoint
 from qdora.config import AdapterConfig
 from qdora.errors import CheckpointError, ConfigError
-from qdora.inject import attach, freeze_packed, linear_paths
-from qdora.shards import INDEX_FILE, SINGLE_FILE, ShardReader
+from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
+from qdora.shards import INDEX_FILE, ShardReader
 
 __all__ = ["Linears", "compute_dtype", "load_model", "load_tokenizer", "local_model", "model_linears", "nf4_config"]
 
@@ -121,6 +121,8 @@ class Linears:
     """Path of the linear in the model → whether its weight is stored (in, out), as GPT-2's `Conv1D` does."""
     skipped: tuple[str, ...]
     """The modules that stay 16-bit: the head and what the user named."""
+    shapes: dict[str, tuple[int, int]]
+    """Path of the linear → (out_features, in_features)."""
     prefix: str
     """Of the base model (`model`, `transformer`), which some checkpoints leave out of their keys."""
 
@@ -156,8 +158,10 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
             raise ConfigError(f"skip_modules names {name!r}, which matches no module of the model")
     head = model.get_output_embeddings()
     heads = tuple(path for path, module in model.named_modules() if module is head and head is not None)
-    transposed = {path: isinstance(model.get_submodule(path), Conv1D) for path in linear_paths(model)}
-    return Linears(transposed, (*heads, *skip_modules), model.base_model_prefix)
+    linears = {path: model.get_submodule(path) for path in linear_paths(model)}
+    transposed = {path: isinstance(linear, Conv1D) for path, linear in linears.items()}
+    shapes = {path: linear_shape(linear) for path, linear in linears.items()}
+    return Linears(transposed, (*heads, *skip_modules), shapes, model.base_model_prefix)
 
 
 def nf4_config(
@@ -281,7 +285,7 @@ def _check_quantization(config: PretrainedConfig, directory: Path) -> bool:
 
 
 def _take_off_marks(model: PreTrainedModel) -> None:
-    for name in ("is_loaded_in_4bit", "quantization_method"):
+    for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method"):
         if name in vars(model):
             delattr(model, name)
     model.hf_quantizer = None
@@ -313,4 +317,3 @@ def _first_line(error: BaseException) -> str:
 def trainable_parameters(model: nn.Module) -> int:
     """How many values train."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-

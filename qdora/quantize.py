@@ -60,9 +60,10 @@ class QuantizeReport:
         values = self.quantized_values + self.kept_values
         worst = sorted(self.errors.items(), key=lambda item: -item[1])[:3]
         lines = [
-            f"{format_bytes(self.bytes_before)} → {format_bytes(self.bytes_after)}: {len(self.errors)} linears in NF4 at "
-            f"{self.bits_per_weight:.2f} bits per weight, {100 * self.quantized_values / max(1, values):.0f} % of all "
-            f"weights; the rest stays 16-bit ({8 * self.bytes_after / max(1, values):.2f} bits per weight in all)",
+            f"{format_bytes(self.bytes_before)} → {format_bytes(self.bytes_after)}, "
+            f"{8 * self.bytes_after / max(1, values):.2f} bits per weight: {len(self.errors)} linears, "
+            f"{100 * self.quantized_values / max(1, values):.0f} % of the weights, in NF4 at "
+            f"{self.bits_per_weight:.2f} bits per weight; the rest in 16 bits",
             "relative error of the worst layers: " + ", ".join(f"{path} {error:.4f}" for path, error in worst),
         ]
         if self.kept_linears:

@@ -90,9 +90,7 @@ class ShardReader:
                     self._file_of[key] = path
                     self._bytes_of[key] = math.prod(part.get_shape()) * _bytes_per_value(part.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged or cut short ({error}); download or write it again"
-            ) from None
+            raise CheckpointError(f"{path} is damaged or cut short ({error}); download or write it again") from None
 
     def keys(self) -> list[str]:
         """The names of all tensors, in the order of the files."""

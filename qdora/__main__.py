@@ -1,0 +1,7 @@
+"""`python -m qdora`."""
+
+import sys
+
+from qdora.cli import main
+
+sys.exit(main())

@@ -1,0 +1,353 @@
+"""Training data: from files in the usual layouts to token ids, with the loss on the answers.
+
+    layout              columns                                         becomes
+    messages            messages: [{role, content}, …]                  the chat template; loss on assistant turns
+    sharegpt            conversations: [{from, value}, …]               likewise
+    alpaca              instruction, output, and input if any           likewise, one user and one assistant turn
+    prompt/completion   prompt, completion, both text                   as they are, one after the other, then EOS
+    prompt/completion   prompt, completion, both lists of messages      the chat template; loss on the completion
+    text                text                                            as it is, then EOS; loss on everything
+
+Where does an answer begin? The text is rendered whole and tokenized once, so that the tokens are those of the text the
+model will see, and each token is placed by its offsets: whatever reaches past the beginning of an answer belongs to it.
+Tokenizing the parts apart would be simpler and wrong for tokenizers that put a space before each part.
+
+A row counts from 1, as editors do.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdora.errors import DataError
+from qdora.loss import IGNORED
+
+__all__ = ["EncodedData", "Rendered", "encode", "read_rows", "recognize", "render"]
+
+Row = dict[str, Any]
+_CHAT, _SHAREGPT, _ALPACA, _PAIR, _TEXT = "messages", "sharegpt", "alpaca", "prompt/completion", "text"
+_COLUMNS = {
+    _CHAT: ("messages",),
+    _SHAREGPT: ("conversations",),
+    _PAIR: ("prompt", "completion"),
+    _ALPACA: ("instruction", "output"),
+    _TEXT: ("text",),
+}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One row as the model sees it."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+    """Spans of characters that carry loss."""
+    whole: bool
+    """Already complete with its special tokens (a chat template's output); otherwise BOS and EOS are added."""
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """Token ids and labels, and what happened on the way."""
+
+    input_ids: list[list[int]]
+    labels: list[list[int]]
+    """-100 where there is no loss."""
+    layout: str
+    cut: int
+    """Rows whose answer lost its end to `max_length`."""
+    dropped: int
+    """Rows left out, because no answer was in them or within `max_length`."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.input_ids))
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(sum(label != IGNORED for label in row) for row in self.labels)
+
+    def __str__(self) -> str:
+        text = (
+            f"{len(self):,} rows in the {self.layout} layout, {self.tokens:,} tokens, "
+            f"{self.answer_tokens:,} of them with loss"
+        )
+        if self.cut:
+            text += f"; {self.cut} answers cut at max_length"
+        if self.dropped:
+            text += f"; {self.dropped} rows without an answer (within max_length) left out"
+        return text
+
+
+def read_rows(source: str | Path, split: str = "train") -> list[Row]:
+    """The rows of a data file (.jsonl, .json, .csv, .parquet) or of a Hub data set's split.
+
+    Raises:
+        DataError: missing, unreadable, empty, or of another kind; a bad line is named by its number.
+    """
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    if path.is_file():
+        if reader is None:
+            raise DataError(f"{path} is none of {', '.join(_READERS)}")
+        try:
+            rows = reader(path)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+    elif reader is not None or path.is_absolute() or str(source).startswith((".", "~")) or path.is_dir():
+        raise DataError(f"no data file at {path}: name a {', '.join(_READERS)} file, or a data set on the Hub")
+    else:
+        rows = _read_hub(str(source), split)
+    if not rows:
+        raise DataError(f"{source} has no rows")
+    return rows
+
+
+def recognize(rows: Sequence[Row], source: str | Path) -> str:
+    """The layout of the data, by the columns of its first row.
+
+    Raises:
+        DataError: none that is known.
+    """
+    columns = rows[0].keys()
+    for layout, needed in _COLUMNS.items():
+        if all(column in columns for column in needed):
+            return layout
+    known = "; ".join(f"{layout}: {', '.join(needed)}" for layout, needed in _COLUMNS.items())
+    raise DataError(f"{source} has the columns {', '.join(columns)}, which is no known layout ({known})")
+
+
+def render(row: Row, number: int, layout: str, tokenizer: Any, source: str | Path) -> Rendered:
+    """One row as text, with its answers marked.
+
+    Raises:
+        DataError: a field is missing or of the wrong type; the row is named by its number.
+    """
+    where = f"{source}, row {number}"
+    if layout == _TEXT:
+        text = _text(row, "text", where)
+        return Rendered(text, ((0, len(text)),), whole=False)
+    if layout == _PAIR and not isinstance(row.get("prompt"), list):
+        prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
+        return Rendered(prompt + completion, ((len(prompt), len(prompt) + len(completion)),), whole=False)
+    if layout == _PAIR:
+        prompt_messages = _messages(row, "prompt", "role", "content", where)
+        messages = [*prompt_messages, *_messages(row, "completion", "role", "content", where)]
+        return _render_chat(messages, len(prompt_messages), tokenizer, where)
+    if layout == _ALPACA:
+        question = _text(row, "instruction", where)
+        if row.get("input"):
+            question += "\n\n" + _text(row, "input", where)
+        answer = _text(row, "output", where)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    elif layout == _SHAREGPT:
+        messages = _messages(row, "conversations", "from", "value", where)
+    else:
+        messages = _messages(row, "messages", "role", "content", where)
+    return _render_chat(messages, 0, tokenizer, where)
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_length: int | None,
+    source: str | Path = "the data",
+    loss_on_all: bool = False,
+    progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+) -> EncodedData:
+    """Rows to token ids and labels.
+
+    Args:
+        tokenizer: a fast one, for its offsets.
+        max_length: longer rows lose their end; None keeps them whole.
+        source: for messages.
+        loss_on_all: loss on prompts too.
+        progress: wraps the rows, such as tqdm.
+
+    Raises:
+        DataError: a row is malformed, or no row has an answer left.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError("the tokenizer has no fast version, and answers are found by its offsets")
+    layout = recognize(rows, source)
+    all_ids, all_labels, cut, dropped = [], [], 0, 0
+    for number, row in enumerate(progress(rows), 1):
+        rendered = render(row, number, layout, tokenizer, source)
+        ids, has_loss = _tokenize(rendered, tokenizer, loss_on_all)
+        length = len(ids) if max_length is None else min(max_length, len(ids))
+        if not any(has_loss[:length]):
+            dropped += 1
+            continue
+        cut += any(has_loss[length:])
+        all_ids.append(ids[:length])
+        all_labels.append([i if loss else IGNORED for i, loss in zip(ids[:length], has_loss, strict=False)])
+    if not all_ids:
+        raise DataError(
+            f"{source}: no row has an answer to learn from"
+            + (f" within max_length={max_length}" if max_length is not None else "")
+            + "; every label would be masked"
+        )
+    return EncodedData(all_ids, all_labels, layout, cut, dropped)
+
+
+def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool) -> tuple[list[int], list[bool]]:
+    encoding = tokenizer(rendered.text, add_special_tokens=not rendered.whole, return_offsets_mapping=True)
+    ids = list(encoding["input_ids"])
+    offsets = encoding["offset_mapping"]
+    if loss_on_all:
+        has_loss = [True] * len(ids)
+    else:
+        has_loss = [
+            any(end > start and end > first and start < last for first, last in rendered.answers)
+            for start, end in offsets
+        ]
+    if not rendered.whole and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+        has_loss.append(True)
+    return ids, has_loss
+
+
+def _render_chat(messages: list[Row], first_answer: int, tokenizer: Any, where: str) -> Rendered:
+    def template(part: list[Row], ask: bool = False) -> str:
+        return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=ask) if part else ""
+
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{where}: a chat, but the model's tokenizer has no chat template; give one with --chat_template_path, "
+            "or use the prompt/completion or text layout"
+        )
+    try:
+        text = template(messages)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or i < first_answer:
+                continue
+            before, after = template(messages[:i], ask=True), template(messages[: i + 1])
+            if text.startswith(after) and after.startswith(before):
+                spans.append((len(before), len(after.rstrip())))
+            elif i == len(messages) - 1:
+                raise DataError(
+                    f"{where}: the chat template renders this chat in a way that hides where the answer begins; "
+                    "train on everything with --completion_only_loss false, or use the prompt/completion layout"
+                )
+    except DataError:
+        raise
+    except Exception as error:
+        # jinja raises its own errors, and templates raise what they like
+        raise DataError(f"{where}: the chat template refuses this chat: {error}") from None
+    return Rendered(text, tuple(spans), whole=True)
+
+
+def _text(row: Row, column: str, where: str) -> str:
+    value = row.get(column)
+    if value is None:
+        raise DataError(f"{where}: the field {column!r} is missing")
+    if not isinstance(value, str):
+        raise DataError(f"{where}: the field {column!r} must be text, found {type(value).__name__}")
+    return value
+
+
+def _messages(row: Row, column: str, role_key: str, content_key: str, where: str) -> list[Row]:
+    turns = row.get(column)
+    if turns is None:
+        raise DataError(f"{where}: the field {column!r} is missing")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{where}: {column!r} must be a list of messages, each with {role_key!r} and {content_key!r}")
+    messages = []
+    for turn in turns:
+        role, content = _text(turn, role_key, where), _text(turn, content_key, where)
+        if role_key == "from":
+            if role not in _SHAREGPT_ROLES:
+                raise DataError(f"{where}: unknown speaker {role!r}; known are {', '.join(_SHAREGPT_ROLES)}")
+            role = _SHAREGPT_ROLES[role]
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                rows.append(_parse(line, f"{path}, line {number}"))
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip()[:1] == "{":
+        return _read_jsonl(path)
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} must be a JSON list of objects, one a row")
+    return rows
+
+
+def _parse(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def _read_csv(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            return list(csv.DictReader(file, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path} is not valid CSV: {error}") from None
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is not valid Parquet: {error}") from None
+
+
+def _read_hub(name: str, split: str) -> list[Row]:
+    from datasets import load_dataset
+
+    try:
+        return list(load_dataset(name, split=split))
+    except Exception as error:
+        # datasets raises a dozen kinds, from network errors to unknown splits
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise DataError(f"no data at {name}: not a file here, and the Hub gave none ({lines[0]})") from None
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,69 @@
+"""Cross-entropy that never holds all logits, and computes none for positions without loss.
+
+The logits of 2,048 tokens over a vocabulary of 128k are a GiB in fp32, and their gradient another. Here a few hundred
+positions at a time go through the head; the gradient for the hidden states is made on the spot, in the forward, and
+only that is kept (the head is frozen, and the loss is a sum, so its gradient is known up to a factor). That is two
+matrix products instead of the three that checkpointing the head takes.
+
+The alternative that was measured: TRL's fused head scores every position, prompts and padding too, wherever Triton does
+not run, and computes the entropy as well. SmolLM2-135M, 8 × 256 tokens, 2 CPU cores: 6.5 s of a step of 10.8 s.
+
+Shape suffixes: T positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["IGNORED", "answer_loss"]
+
+IGNORED = -100
+_CHUNK_BYTES = 64 * 2**20
+
+
+def answer_loss(hidden: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """Σ −log p(next token) over the positions whose next label is not -100, as an fp32 scalar.
+
+    Args:
+        hidden: (batch, length, H), the last hidden states.
+        weight_VH, bias_V: of the output head, frozen.
+        labels: (batch, length); position t is scored on labels[t + 1].
+    """
+    next_labels = labels[:, 1:]
+    scored = next_labels != IGNORED
+    return _SummedNll.apply(hidden[:, :-1][scored], weight_VH, bias_V, next_labels[scored])
+
+
+class _SummedNll(torch.autograd.Function):
+    """Σ −log softmax(h·Wᵀ + b)[label]; the gradient for h is ready when the forward ends."""
+
+    @staticmethod
+    def forward(ctx: Any, h_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:
+        needs_gradient = ctx.needs_input_grad[0]
+        dh_TH = torch.empty_like(h_TH) if needs_gradient else None
+        total = torch.zeros((), dtype=torch.float32, device=h_TH.device)
+        step = max(1, _CHUNK_BYTES // (4 * weight_VH.shape[0]))
+        for start in range(0, h_TH.shape[0], step):
+            part = slice(start, start + step)
+            logits = (h_TH[part] @ weight_VH.t()).float()
+            if bias_V is not None:
+                logits += bias_V
+            label = labels_T[part, None]
+            logsumexp = logits.logsumexp(dim=1, keepdim=True)
+            total += (logsumexp - logits.gather(1, label)).sum()
+            if dh_TH is not None:
+                probability = logits.sub_(logsumexp).exp_()
+                probability.scatter_add_(1, label, torch.full_like(logsumexp, -1.0))
+                dh_TH[part] = probability.to(h_TH.dtype) @ weight_VH
+        ctx.save_for_backward(dh_TH)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        (dh_TH,) = ctx.saved_tensors
+        return dh_TH * g.to(dh_TH.dtype), None, None, None

@@ -1,0 +1,192 @@
+"""`qdora merge`: base plus adapter to a plain 16-bit model, tensor by tensor.
+
+The merge is of the function that was trained: onto the dequantized NF4 weights. Merging the adapter onto the original
+16-bit weights gives another function (they differ by the NF4 error, 9 % of a weight) and merging into NF4 again would
+lose most of a small update, so neither is done by default. If the base given is 16-bit and the adapter says that it was
+trained on NF4, each linear is rounded through NF4 first, as training did when it loaded that model; `onto_original`
+leaves that out. What was done is recorded in the output, in `qdora_merge.json`.
+
+Peak memory is a few copies of the largest tensor and one output shard, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qdora.checkpoint import AdapterFile, LinearAdapter, read_adapter
+from qdora.dense import DenseWeight
+from qdora.dora import merge_rows
+from qdora.errors import CheckpointError, NumericsError
+from qdora.model import Linears, compute_dtype, copy_side_files, is_nf4_checkpoint, local_model, model_linears
+from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4
+from qdora.output import check_output, new_directory, write_json
+from qdora.shards import ShardReader, ShardWriter, format_bytes, parse_size
+from qdora.verify import Comparison, compare, fits_in_memory
+
+__all__ = ["MergeReport", "merge"]
+
+RECORD_FILE = "qdora_merge.json"
+
+
+@dataclass
+class MergeReport:
+    """What `merge` did."""
+
+    out: Path
+    base: str
+    """`nf4`, `16-bit rounded through nf4` or `16-bit`: what the adapter was merged onto."""
+    dtype: str
+    merged_linears: int
+    bytes_written: int
+    comparison: Comparison | None
+    """Adapter against merged model; None if it was not asked for or the model does not fit in memory."""
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.merged_linears} linears merged onto the {self.base} base, {format_bytes(self.bytes_written)} "
+            f"of {self.dtype} in {self.out}"
+        )
+        return text if self.comparison is None else f"{text}\n{self.comparison}"
+
+
+def merge(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "float16",
+    max_shard_size: str | int = "5GB",
+    verify: bool | None = None,
+    onto_original: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Write `base` with `adapter` merged in to `out`, as a plain transformers model.
+
+    Args:
+        base: the NF4 checkpoint that was trained on, or a 16-bit model.
+        adapter: an adapter directory, ours or PEFT's.
+        dtype: of the output: `float16` or `bfloat16`. The arithmetic is fp32.
+        verify: compare the adapter with the result on a few prompts, in fp32; by default if the model fits in memory.
+        onto_original: with a 16-bit base, keep its weights as they are even if the adapter was trained on NF4.
+        overwrite: replace `out` if it holds something.
+
+    Raises:
+        CheckpointError: base or adapter is missing, damaged, or they do not belong together.
+        NumericsError: a merged tensor is not finite in `dtype`; it is named.
+    """
+    out_dtype, shard_bytes = compute_dtype(dtype), parse_size(max_shard_size)
+    check_output(out, overwrite)
+    source, file = local_model(base), read_adapter(adapter)
+    packed = is_nf4_checkpoint(source)
+    through_nf4 = not packed and bool(file.base_is_nf4) and not onto_original
+    reader, linears = ShardReader(source), model_linears(source, (), trust_remote_code)
+    _check_belongs(file, linears, reader)
+    with new_directory(out, overwrite) as directory:
+        with ShardWriter(directory, shard_bytes) as writer:
+            weights = [key for key in reader.keys() if not is_nf4_key(key)]  # noqa: SIM118
+            for key in _progress(weights):
+                weight = _merged(key, reader, linears, file, through_nf4)
+                writer.add(key, _finite(key, weight, out_dtype))
+        report = MergeReport(
+            out=Path(out),
+            base="nf4" if packed else "16-bit rounded through nf4" if through_nf4 else "16-bit",
+            dtype=dtype,
+            merged_linears=len(file.linears),
+            bytes_written=writer.total_bytes,
+            comparison=None,
+        )
+        _write_config(source, directory, dtype)
+        copy_side_files(source, directory)
+        # The comparison comes before the result gets its name: what fails it is not left behind as a success.
+        if verify or (verify is None and not onto_original and fits_in_memory(reader, linears)):
+            report.comparison = compare(source, adapter, directory, trust_remote_code)
+        _write_record(directory, report, base, adapter)
+    return report
+
+
+def _merged(key: str, reader: ShardReader, linears: Linears, file: AdapterFile, through_nf4: bool) -> Tensor:
+    """One tensor of the output, in fp32 if arithmetic was needed, else as it was."""
+    path = linears.find(key)
+    tensor = reader.get(key)
+    if path is None:
+        return tensor
+    transposed = linears.transposed[path]
+    states = [part for part in reader.keys() if part.startswith(f"{key}.") and is_nf4_key(part)]  # noqa: SIM118
+    weight: NF4Weight | DenseWeight
+    if states:
+        weight = NF4Weight.from_tensors({"": tensor} | {part[len(key) + 1 :]: reader.get(part) for part in states})
+    else:
+        matrix = tensor.t().contiguous() if transposed else tensor
+        through_nf4 &= linears.quantizes(path)
+        weight = NF4Weight.from_tensors(quantize_nf4(matrix.bfloat16())) if through_nf4 else DenseWeight(matrix)
+    merged = merged_weight(weight, file.linears.get(path))
+    return merged.t() if transposed else merged
+
+
+def merged_weight(weight: NF4Weight | DenseWeight, adapter: LinearAdapter | None) -> Tensor:
+    """W', or W where there is no adapter, (out_features, in_features) fp32, computed a tile at a time."""
+    whole = torch.empty(weight.out_features, weight.in_features)
+    for rows, tile in weight.tiles(torch.float32):
+        whole[rows] = tile
+        if adapter is not None:
+            magnitude = None if adapter.magnitude is None else adapter.magnitude[rows]
+            whole[rows] = merge_rows(tile, adapter.A, adapter.B[rows], magnitude, adapter.scaling)
+    return whole
+
+
+def _finite(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        largest = tensor.float().abs().max().item()
+        name = str(dtype).removeprefix("torch.")
+        raise NumericsError(
+            f"{key} is not finite in {name} (its largest value is {largest:.4g}); merge with --dtype bfloat16"
+            if dtype == torch.float16 and largest < float("inf")
+            else f"{key} holds values that are not finite; the base or the adapter is damaged"
+        )
+    return cast
+
+
+def _check_belongs(file: AdapterFile, linears: Linears, reader: ShardReader) -> None:
+    found = {linears.find(key) for key in reader.keys()}  # noqa: SIM118
+    for path, adapter in file.linears.items():
+        if path not in found:
+            raise CheckpointError(
+                f"the adapter is for another model: it adapts {path!r}, which is not a linear of this base"
+                + (f"; it was made for {file.base_model!r}" if file.base_model else "")
+            )
+        out_features, in_features = linears.shapes[path]
+        adapter.check_shape(path, out_features, in_features, file.base_model)
+
+
+def _write_config(source: Path, directory: Path, dtype: str) -> None:
+    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    config.pop("torch_dtype", None)
+    write_json(directory / "config.json", {**config, "dtype": dtype})
+
+
+def _write_record(directory: Path, report: MergeReport, base: str | Path, adapter: str | Path) -> None:
+    record = {
+        "base_model": str(base),
+        "adapter": str(adapter),
+        "merged_onto": report.base,
+        "dtype": report.dtype,
+        "verified": None if report.comparison is None else asdict(report.comparison),
+    }
+    write_json(directory / RECORD_FILE, record)
+
+
+def _progress(keys: list[str]) -> Iterable[str]:
+    return tqdm(keys, desc="merge", unit=" tensors", leave=False)

@@ -1,0 +1,190 @@
+"""`qdora train`: an NF4 base, a data file, and out comes an adapter.
+
+The training itself is TRL's: schedules, accumulation weighted by tokens, logging, evaluation, trackers, resuming, and a
+cross-entropy that never holds all logits. Here is what it must be told: the model, the data, how adapters are saved.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import set_seed
+
+from qdora.arguments import RunArguments, adapter_config, flags_of, parse_train
+from qdora.curves import loss_series, plot_loss
+from qdora.data import EncodedData, encode, read_rows
+from qdora.errors import ConfigError, DataError, NumericsError
+from qdora.model import load_model, load_tokenizer, trainable_parameters
+
+__all__ = ["TrainReport", "train"]
+
+
+@dataclass
+class TrainReport:
+    """What `train` did."""
+
+    output_dir: Path
+    steps: int
+    first_loss: float
+    last_loss: float
+    eval_loss: float | None
+    trained_values: int
+    data: str
+
+    def __str__(self) -> str:
+        loss = f"loss {self.first_loss:.4f} → {self.last_loss:.4f} in {self.steps} steps"
+        evaluation = "" if self.eval_loss is None else f", evaluation loss {self.eval_loss:.4f}"
+        return (
+            f"{loss}{evaluation}; {self.trained_values:,} values trained\n"
+            f"adapter in {self.output_dir}, loss picture in {self.output_dir / 'loss.png'}"
+        )
+
+
+def train(config: str | Path | None = None, **flags: Any) -> TrainReport:
+    """Train an adapter.
+
+    Args:
+        config: a YAML file of flags.
+        flags: by the names of the command line (`learning_rate=1e-4`, `lora_target_modules=["q_proj"]`); they override
+            the file.
+
+    Raises:
+        QDoRAError: a flag, the data or the model is wrong; nothing was trained.
+        NumericsError: the loss stopped being finite.
+    """
+    return train_from_arguments([*([] if config is None else [str(config)]), *flags_of(flags)])
+
+
+def train_from_arguments(arguments: Sequence[str]) -> TrainReport:
+    """`train`, given a command line."""
+    run, training = parse_train(arguments)
+    output_dir = Path(training.output_dir)
+    resume = _checkpoint_to_resume(training, output_dir)
+    if resume is None:
+        _check_output(output_dir, run.overwrite_output_dir)
+    adapter = adapter_config(run)
+    tokenizer = load_tokenizer(run.model_name_or_path, training.trust_remote_code)
+    _use_chat_template(tokenizer, training)
+    data = _load_data(run.dataset, run.dataset_split, tokenizer, training)
+    evaluation = _load_data(run.eval_dataset, run.eval_dataset_split, tokenizer, training) if run.eval_dataset else None
+    set_seed(training.seed)
+    model = load_model(
+        run.model_name_or_path,
+        adapter,
+        dtype=run.dtype,
+        device=training.device,
+        load_in_4bit=run.load_in_4bit,
+        trust_remote_code=training.trust_remote_code,
+    )
+    print(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {training.device}")
+    trainer = _build_trainer(model, tokenizer, training, data, evaluation)
+    trainer.train(resume_from_checkpoint=resume)
+    return _finish(trainer, run, data, output_dir)
+
+
+def _build_trainer(model: Any, tokenizer: Any, training: Any, data: EncodedData, evaluation: EncodedData | None) -> Any:
+    from datasets import Dataset
+
+    from qdora.trainer import AdapterTrainer
+
+    training.dataloader_pin_memory &= training.device.type != "cpu"
+    model.train()
+
+    def dataset(encoded: EncodedData) -> Dataset:
+        return Dataset.from_dict({"input_ids": encoded.input_ids, "labels": encoded.labels})
+
+    return AdapterTrainer(
+        model=model,
+        args=training,
+        train_dataset=dataset(data),
+        eval_dataset=None if evaluation is None else dataset(evaluation),
+        processing_class=tokenizer,
+    )
+
+
+def _finish(trainer: Any, run: RunArguments, data: EncodedData, output_dir: Path) -> TrainReport:
+    history = trainer.state.log_history
+    _, losses = loss_series(history, "loss")
+    if not losses:
+        _, losses = loss_series(history, "train_loss")
+    _, eval_losses = loss_series(history, "eval_loss")
+    if not all(map(math.isfinite, losses)):
+        raise NumericsError(f"the loss stopped being finite; no adapter was written to {output_dir}, lower the rate")
+    trainer.save_model()
+    trainer.save_state()
+    plot_loss(history, output_dir / "loss.png", f"{Path(run.model_name_or_path).name} on {Path(run.dataset).name}")
+    return TrainReport(
+        output_dir=output_dir,
+        steps=trainer.state.global_step,
+        first_loss=losses[0] if losses else math.nan,
+        last_loss=losses[-1] if losses else math.nan,
+        eval_loss=eval_losses[-1] if eval_losses else None,
+        trained_values=trainable_parameters(trainer.model),
+        data=str(data),
+    )
+
+
+def _load_data(source: str, split: str, tokenizer: Any, training: Any) -> EncodedData:
+    rows = read_rows(source, split)
+    encoded = encode(
+        rows,
+        tokenizer,
+        # A packed row is cut into pieces of max_length by the packing itself.
+        None if training.packing else training.max_length,
+        source,
+        loss_on_all=training.completion_only_loss is False,
+        progress=lambda rows: tqdm(rows, desc="tokenize", unit=" rows", leave=False),
+    )
+    print(f"{source}: {encoded}")
+    return encoded
+
+
+def _use_chat_template(tokenizer: Any, training: Any) -> None:
+    if training.chat_template_path is None:
+        return
+    path = Path(training.chat_template_path)
+    if not path.is_file():
+        raise DataError(f"no chat template at {path}: name a Jinja file")
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    training.chat_template_path = None  # TRL would read it once more
+
+
+def _check_output(output_dir: Path, overwrite: bool) -> None:
+    if output_dir.is_file():
+        raise ConfigError(f"the output {output_dir} is a file; name a directory")
+    used = output_dir / "adapter_config.json"
+    if not overwrite and (used.is_file() or _checkpoints(output_dir)):
+        raise ConfigError(
+            f"{output_dir} holds an earlier run; go on with --resume_from_checkpoint last, choose another directory, "
+            "or pass --overwrite_output_dir true"
+        )
+
+
+def _checkpoint_to_resume(training: Any, output_dir: Path) -> str | None:
+    wanted = training.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() in ("true", "last"):
+        found = _checkpoints(output_dir)
+        if not found:
+            raise ConfigError(f"nothing to resume: {output_dir} holds no checkpoint; start without the flag")
+        return str(found[-1])
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise ConfigError(f"nothing to resume: {wanted} is not a trainer's checkpoint; name one, or `last`")
+    return str(wanted)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints that are complete (the trainer writes its state last), oldest first."""
+    found = [
+        (int(match[1]), path)
+        for path in output_dir.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
+    ]
+    return [path for _, path in sorted(found)]

@@ -1,0 +1,99 @@
+"""Is the merged model the model that was trained? Both answer the same prompts, in fp32, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from qdora.model import Linears, load_model, load_tokenizer
+from qdora.shards import ShardReader
+
+__all__ = ["PROMPTS", "Comparison", "compare", "fits_in_memory"]
+
+PROMPTS = (
+    "The capital of France is",
+    "Question: A train travels 60 miles in 1.5 hours. What is its speed?\nAnswer:",
+    "Dear Sir or Madam,",
+    "def fibonacci(n):\n",
+)
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The merged model beside base plus adapter, both computed in fp32."""
+
+    prompts: int
+    largest_logit_difference: float
+    kl_per_token: float
+    """KL(adapter ‖ merged), the mean over the prompts' positions, in nats."""
+    same_tokens: int
+    """Greedy tokens that agree, until the first that does not."""
+    greedy_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"verified on {self.prompts} prompts in fp32: largest logit difference "
+            f"{self.largest_logit_difference:.4f}, KL {self.kl_per_token:.2e} a token, "
+            f"{self.same_tokens} of {self.greedy_tokens} greedy tokens the same"
+        )
+
+
+def compare(
+    base: str | Path,
+    adapter: str | Path,
+    merged: str | Path,
+    trust_remote_code: bool = False,
+    prompts: Sequence[str] = PROMPTS,
+    new_tokens: int = NEW_TOKENS,
+) -> Comparison:
+    """Run the prompts through base + adapter and through the merged model. Only one of them is in memory at a time."""
+    tokenizer = load_tokenizer(merged, trust_remote_code)
+    ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+    trained = load_model(base, adapter, dtype="float32", trust_remote_code=trust_remote_code)
+    ours = _answers(trained, ids, new_tokens)
+    del trained
+    plain = load_model(merged, dtype="float32", load_in_4bit=False, trust_remote_code=trust_remote_code)
+    theirs = _answers(plain, ids, new_tokens)
+    kl = difference = 0.0
+    positions = same = total = 0
+    for (p_logits, p_tokens), (q_logits, q_tokens) in zip(ours, theirs, strict=True):
+        p, q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
+        kl += float((p.exp() * (p - q)).sum())
+        positions += len(p)
+        difference = max(difference, float((p_logits - q_logits).abs().max()))
+        same += _common_prefix(p_tokens, q_tokens)
+        total += max(len(p_tokens), len(q_tokens))
+    return Comparison(len(ids), difference, kl / positions, same, total)
+
+
+def fits_in_memory(reader: ShardReader, linears: Linears) -> bool:
+    """Whether the model in fp32, with room to work in, fits in the memory that is free now."""
+    values = sum(rows * columns for rows, columns in linears.shapes.values())
+    others = sum(reader.nbytes(key) for key in reader.keys() if linears.find(key) is None)  # noqa: SIM118
+    return 4 * values + 2 * others < 0.6 * psutil.virtual_memory().available
+
+
+@torch.no_grad()
+def _answers(model: Any, prompts: Sequence[Tensor], new_tokens: int) -> list[tuple[Tensor, list[int]]]:
+    """For each prompt its logits, (length, vocabulary), and the greedy tokens that follow."""
+    model.eval()
+    answers = []
+    for ids in prompts:
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0].cpu()
+        tokens = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
+        )
+        answers.append((logits, tokens[0, ids.shape[1] :].tolist()))
+    return answers
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
