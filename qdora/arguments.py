@@ -28,6 +28,27 @@ __all__ = ["RunArguments", "adapter_config", "flags_of", "parse_train"]
 _DEFAULTS: dict[str, Any] = {"learning_rate": 2e-4, "bf16": False, "per_device_train_batch_size": 4}
 
 
+# What other tools call it.
+_OTHER_NAMES = {
+    "rank": "lora_r",
+    "lora_rank": "lora_r",
+    "r": "lora_r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+    "model": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "data": "dataset",
+    "dataset_name": "dataset",
+    "train_file": "dataset",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "max_seq_length": "max_length",
+    "resume": "resume_from_checkpoint",
+}
+
+
 @dataclass
 class RunArguments:
     """What to train on what; the names are those of TRL's command line."""
@@ -168,5 +189,13 @@ def _is_given(name: str, flags: Sequence[str]) -> bool:
 
 
 def _suggestion(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, [k.replace("-", "_") for k in known], n=1)
-    return f"; did you mean --{near[0]}?" if near else "; `qdora train --help` lists the common ones"
+    def likeness(candidate: str) -> float:
+        # The beginning counts too: `modle` is near `model_name_or_path`.
+        heads = (candidate, candidate[: len(name)])
+        whole, head = (difflib.SequenceMatcher(None, name, text).ratio() for text in heads)
+        return max(whole, 0.9 * head)
+
+    near = _OTHER_NAMES.get(name) or max(sorted(k.replace("-", "_") for k in known), key=likeness)
+    if likeness(near) < 0.6 and name not in _OTHER_NAMES:
+        return "; `qdora train --help` lists the common ones"
+    return f"; did you mean --{near}?"

@@ -92,7 +92,7 @@ def merge(
     _check_belongs(file, linears, reader)
     with new_directory(out, overwrite) as directory:
         with ShardWriter(directory, shard_bytes) as writer:
-            weights = [key for key in reader.keys() if not is_nf4_key(key)]  # noqa: SIM118
+            weights = [key for key in reader if not is_nf4_key(key)]
             for key in _progress(weights):
                 weight = _merged(key, reader, linears, file, through_nf4)
                 writer.add(key, _finite(key, weight, out_dtype))
@@ -120,7 +120,7 @@ def _merged(key: str, reader: ShardReader, linears: Linears, file: AdapterFile, 
     if path is None:
         return tensor
     transposed = linears.transposed[path]
-    states = [part for part in reader.keys() if part.startswith(f"{key}.") and is_nf4_key(part)]  # noqa: SIM118
+    states = [part for part in reader if part.startswith(f"{key}.") and is_nf4_key(part)]
     weight: NF4Weight | DenseWeight
     if states:
         weight = NF4Weight.from_tensors({"": tensor} | {part[len(key) + 1 :]: reader.get(part) for part in states})
@@ -159,7 +159,7 @@ def _finite(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_belongs(file: AdapterFile, linears: Linears, reader: ShardReader) -> None:
-    found = {linears.find(key) for key in reader.keys()}  # noqa: SIM118
+    found = {linears.find(key) for key in reader}
     for path, adapter in file.linears.items():
         if path not in found:
             raise CheckpointError(

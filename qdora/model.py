@@ -88,6 +88,7 @@ def load_model(
         )
     freeze_packed(model)
     _take_off_marks(model)
+    _cast_parameters(model, compute_dtype(dtype))
     model.requires_grad_(False)
     model.config._name_or_path = str(path)
     if isinstance(adapter, AdapterConfig):
@@ -291,6 +292,18 @@ def _take_off_marks(model: PreTrainedModel) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """transformers leaves what is not quantized in the checkpoint's own dtype, whatever dtype it was asked for.
+
+    Not `model.to`: that would round buffers too, such as the rotary frequencies. What transformers keeps in fp32, it
+    keeps so for a reason.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 @contextmanager

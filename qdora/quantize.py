@@ -117,7 +117,7 @@ def quantize(
         report = QuantizeReport(Path(out), bytes_before=reader.total_bytes)
         target = torch.device(device) if device is not None else PartialState().device
         with ShardWriter(directory, shard_bytes) as writer, _progress(reader) as bar:
-            for key in reader.keys():  # noqa: SIM118 (not a mapping)
+            for key in reader:
                 for name, tensor in _convert(key, reader.get(key), linears, kept_dtype, double_quant, target, report):
                     writer.add(name, tensor)
                 bar.update(reader.nbytes(key))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -95,6 +96,9 @@ class ShardReader:
     def keys(self) -> list[str]:
         """The names of all tensors, in the order of the files."""
         return list(self._file_of)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
 
     def __contains__(self, key: str) -> bool:
         return key in self._file_of

@@ -76,7 +76,7 @@ def compare(
 def fits_in_memory(reader: ShardReader, linears: Linears) -> bool:
     """Whether the model in fp32, with room to work in, fits in the memory that is free now."""
     values = sum(rows * columns for rows, columns in linears.shapes.values())
-    others = sum(reader.nbytes(key) for key in reader.keys() if linears.find(key) is None)  # noqa: SIM118
+    others = sum(reader.nbytes(key) for key in reader if linears.find(key) is None)
     return 4 * values + 2 * others < 0.6 * psutil.virtual_memory().available
 
 

@@ -1,0 +1,26 @@
+"""How much memory a piece of work takes, measured in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+_PROGRAM = """
+import resource, sys
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+{warm_up}
+before = peak()
+{work}
+print("PEAK", peak() - before)
+"""
+
+
+def peak_of(work: str, warm_up: str) -> int:
+    """Bytes by which the resident peak rises over that of the warm-up, which imports what is needed."""
+    program = _PROGRAM.format(work=work, warm_up=warm_up)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.rpartition("PEAK")[2])

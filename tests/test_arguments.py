@@ -1,0 +1,86 @@
+"""Flags and config files: typed by one parser, and every mistake answered in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qdora import ConfigError
+from qdora.arguments import adapter_config, flags_of, parse_train
+
+NEEDED = ["--model_name_or_path", "m", "--dataset", "d", "--output_dir", "o"]
+
+
+def test_defaults() -> None:
+    run, training = parse_train(NEEDED)
+    assert (training.learning_rate, training.bf16, training.gradient_checkpointing) == (2e-4, False, True)
+    adapter = adapter_config(run)
+    assert (adapter.rank, adapter.alpha, adapter.use_dora, adapter.target_modules) == (16, 32.0, True, "all-linear")
+
+
+def test_names_types_and_spellings() -> None:
+    flags = ["--lora_target_modules", "q_proj", "v_proj", "--use-dora=false", "--lora_r=8", "--learning_rate", "1e-3"]
+    run, training = parse_train([*NEEDED, *flags])
+    assert adapter_config(run).target_modules == ("q_proj", "v_proj")
+    assert (run.use_dora, run.lora_r, training.learning_rate) == (False, 8, 1e-3)
+    run, _ = parse_train([*NEEDED, "--lora_target_modules", r".*attn.*"])
+    assert adapter_config(run).target_modules == ".*attn.*"
+
+
+def test_a_config_file_is_overridden(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model_name_or_path: m\ndataset: d\noutput_dir: o\nlearning_rate: 1e-5\nlora_target_modules: [q_proj, k_proj]\n"
+        "use_dora: false\neval_dataset: null\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+    )
+    run, training = parse_train([str(config), "--lora_r", "4"])
+    assert (run.lora_r, run.use_dora, training.learning_rate) == (4, False, 1e-5)
+    assert run.lora_target_modules == ["q_proj", "k_proj"]
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+def test_flags_of() -> None:
+    assert flags_of({"a": True, "b": None, "c": [1, "x"], "d": {"e": 1}}) == [
+        *["--a", "true"],
+        *["--c", "1", "x"],
+        *["--d", '{"e": 1}'],
+    ]
+    with pytest.raises(ConfigError, match="must be text, found 3"):
+        flags_of({3: "x"})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([*NEEDED, "--learing_rate", "1"], "unknown flag --learing_rate; did you mean --learning_rate?"),
+        ([*NEEDED, "--lora-rank", "1"], "unknown flag --lora_rank; did you mean --lora_r"),
+        ([*NEEDED, "--zzzzzz", "1"], "unknown flag --zzzzzz; `qdora train --help`"),
+        (NEEDED[:4], "missing: --output_dir"),
+        ([*NEEDED, "--lora_r", "many"], "invalid int value: 'many'"),
+        ([*NEEDED, "--lora_r"], "expected one argument"),
+        ([*NEEDED, "stray"], "stray"),
+        ([*NEEDED, "--eval_strategy", "often"], "often"),
+        (["absent.yaml"], "no config file at absent.yaml"),
+    ],
+)
+def test_mistakes(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_train(flags)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n", "must hold settings"),
+        ("modle: x", "did you mean --model"),
+        ("", "must hold"),
+    ],
+)
+def test_bad_config_files(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse_train([str(tmp_path / "c.yaml")])
+    assert message in str(caught.value)

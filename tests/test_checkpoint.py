@@ -1,0 +1,202 @@
+"""Adapters on disk, and PEFT reading ours and we reading PEFT's, on the same weights.
+
+Budgets as ‖ours − theirs‖ / ‖theirs‖ of the logits. fp32, PEFT on the dequantized weights: 1e-4. bf16, PEFT on
+bitsandbytes' own 4-bit linears: 5e-2, twice the distance that PEFT itself, in bf16, keeps from the fp32 truth here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qdora
+from qdora import AdapterConfig, CheckpointError, ConfigError
+from qdora.checkpoint import CONFIG_FILE, OFFSETS_FILE, WEIGHTS_FILE, read_adapter
+from qdora.inject import adapted_linears, linear_paths
+from tests.conftest import disturb
+
+IDS = torch.arange(3, 43)[None]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits.double()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def dense_twin(nf4: Path, original: Path) -> Any:
+    """A plain fp32 model with exactly the values of the NF4 checkpoint."""
+    plain = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    ours = qdora.load_model(nf4, dtype="float32")
+    with torch.no_grad():
+        for path in linear_paths(ours):
+            plain.get_submodule(path).weight.copy_(ours.get_submodule(path).base.dequantize())
+    return plain
+
+
+CONFIGS = {
+    "dora": {},
+    "lora": {"use_dora": False},
+    "some": {"target_modules": ("q_proj", "mlp.up_proj")},
+    "expression": {"target_modules": r"model\.layers\.1\..*_proj"},
+    "patterns": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6}, "alpha_pattern": {"k_proj": 3.0}},
+    "rslora": {"use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_peft_computes_what_we_compute(name: str, tiny: Path, tiny_nf4: Path, tmp_path: Path) -> None:
+    config = AdapterConfig(rank=4, alpha=8, **CONFIGS[name])  # type: ignore[arg-type]
+    model = qdora.load_model(tiny_nf4, adapter=config)
+    disturb(model)
+    qdora.save_adapter(model, tmp_path)
+
+    in_fp32 = logits(qdora.load_model(tiny_nf4, adapter=tmp_path, dtype="float32"))
+    theirs = logits(PeftModel.from_pretrained(dense_twin(tiny_nf4, tiny), tmp_path))
+    assert distance(in_fp32, theirs) < 1e-4
+    assert distance(logits(qdora.load_model(tiny_nf4, dtype="float32")), theirs) > 1e-2
+
+    packed = AutoModelForCausalLM.from_pretrained(tiny_nf4, dtype=torch.bfloat16).train()
+    assert distance(logits(model), logits(PeftModel.from_pretrained(packed, tmp_path).train())) < 5e-2
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_we_compute_what_peft_trained(use_dora: bool, tiny: Path, tiny_nf4: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, use_dora=use_dora, target_modules="all-linear", task_type="CAUSAL_LM")
+    theirs = get_peft_model(dense_twin(tiny_nf4, tiny), config)
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(5):
+        theirs(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs.save_pretrained(tmp_path)
+    ours = qdora.load_model(tiny_nf4, adapter=tmp_path, dtype="float32")
+    assert next(iter(adapted_linears(ours).values())).lora_A.dtype == torch.float32
+    assert distance(logits(ours), logits(theirs)) < 1e-4
+    assert distance(logits(qdora.load_model(tiny_nf4, dtype="float32")), logits(theirs)) > 1e-2
+
+
+def test_round_trip_keeps_every_bit_with_offsets(tiny_nf4: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4))
+    disturb(model)
+    with torch.no_grad():
+        for layer in adapted_linears(model).values():
+            layer.magnitude_offset.mul_(1e-5)
+    qdora.save_adapter(model, tmp_path / "exact", exact_offsets=True)
+    qdora.save_adapter(model, tmp_path / "plain")
+    assert (tmp_path / "exact" / OFFSETS_FILE).is_file()
+    assert not (tmp_path / "plain" / OFFSETS_FILE).exists()
+    exact = qdora.load_model(tiny_nf4, adapter=tmp_path / "exact")
+    plain = qdora.load_model(tiny_nf4, adapter=tmp_path / "plain")
+    for path, layer in adapted_linears(model).items():
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad:
+                assert torch.equal(exact.get_submodule(path).get_parameter(name), parameter)
+        magnitude = plain.get_submodule(path).magnitude()
+        assert torch.allclose(magnitude, layer.magnitude(), rtol=1e-6, atol=0)
+
+
+def test_loading_into_a_model_that_has_run(tiny_nf4: Path, tiny_adapter: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, alpha=8))
+    fresh = logits(model)
+    qdora.load_adapter(model, tiny_adapter)
+    loaded = logits(model)
+    assert not torch.equal(loaded, fresh)
+    assert torch.equal(loaded, logits(qdora.load_model(tiny_nf4, adapter=tiny_adapter)))
+
+
+def test_the_file_is_peft_s(tiny_adapter: Path) -> None:
+    config = json.loads((tiny_adapter / CONFIG_FILE).read_text())
+    assert config["use_dora"] is True
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    tensors = load_file(tiny_adapter / WEIGHTS_FILE)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    assert tensors[f"{key}A.weight"].dtype == torch.bfloat16
+    assert tensors[f"{key}magnitude_vector"].dtype == torch.float32
+    assert read_adapter(tiny_adapter).base_is_nf4
+
+
+def damaged(adapter: Path, out: Path, config: dict[str, Any] | None = None, **tensors: Any) -> Path:
+    """A copy with other config entries; tensors by the end of their key, None to take one out."""
+    shutil.copytree(adapter, out)
+    path = out / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    content = load_file(out / WEIGHTS_FILE)
+    for suffix, change in tensors.items():
+        key = next((k for k in content if k.endswith(suffix)), suffix)
+        value = change(content.pop(key)) if key in content else change
+        if value is not None:
+            content[key] = value
+    save_file(content, out / WEIGHTS_FILE)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"peft_type": "IA3"}, {}, "'IA3' adapter"),
+        ({"bias": "all"}, {}, "uses bias"),
+        ({"modules_to_save": ["lm_head"]}, {}, "uses modules_to_save"),
+        ({"r": 0}, {}, "not a LoRA config"),
+        ({"r": 8}, {}, "do not agree with rank 8"),
+        ({"use_dora": False}, {}, "with use_dora=False"),
+        ({}, {"lora_A.weight": lambda t: t * float("nan")}, "not finite"),
+        ({}, {"lora_A.weight": lambda t: None}, "has the parts B, magnitude"),
+        ({}, {"lora_B.weight": lambda t: t[:-1].clone()}, "do not agree with rank"),
+        ({}, {"other.weight": torch.ones(1)}, "no part of a LoRA or DoRA linear"),
+    ],
+)
+def test_damaged_adapters(
+    config: dict[str, Any], tensors: dict[str, Any], message: str, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(damaged(tiny_adapter, tmp_path / "bad", config, **tensors))
+
+
+def test_what_is_no_adapter(tiny: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="found a model directory"):
+        read_adapter(tiny)
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_adapter(tmp_path / "absent")
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_adapter, broken)
+    (broken / WEIGHTS_FILE).write_bytes((broken / WEIGHTS_FILE).read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        read_adapter(broken)
+    (broken / CONFIG_FILE).write_text("[")
+    with pytest.raises(CheckpointError, match="not readable JSON"):
+        read_adapter(broken)
+
+
+def test_an_adapter_for_another_model(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    from tests.conftest import make_model
+
+    other = make_model(tmp_path / "other", hidden_size=128)
+    with pytest.raises(CheckpointError, match=r"another model: .*down_proj is 128×192 here and 64×192 in the adapter"):
+        qdora.load_model(other, adapter=tiny_adapter)
+    shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match="not a linear here"):
+        qdora.load_model(shallow, adapter=tiny_adapter)
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=8))
+    with pytest.raises(CheckpointError, match="rank 8 here and 4"):
+        qdora.load_adapter(model, tiny_adapter)
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, target_modules=("q_proj",)))
+    with pytest.raises(CheckpointError, match="adapts other linears"):
+        qdora.load_adapter(model, tiny_adapter)
+
+
+def test_nothing_to_save(tiny_nf4: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no adapters to save"):
+        qdora.save_adapter(qdora.load_model(tiny_nf4), tmp_path)

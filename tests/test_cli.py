@@ -1,0 +1,117 @@
+"""The command as people run it: verbs end to end, and one line for every mistake."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qdora.cli import main
+from tests.conftest import make_model
+
+
+def test_the_three_verbs(tiny: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nf4, adapter, merged = (str(tmp_path / name) for name in ("nf4", "adapter", "merged"))
+    assert main(["quantize", str(tiny), nf4, "--max_shard_size", "1MB"]) == 0
+    assert "next: qdora train" in capsys.readouterr().out
+    flags = ["--max_steps", "2", "--lora_r", "2", "--use_cpu", "true", "--disable_tqdm", "true"]
+    data = ["--dataset", str(pairs_file), "--output_dir", adapter]
+    assert main(["train", "--model_name_or_path", nf4, *data, *flags]) == 0
+    assert f"next: qdora merge {nf4} {adapter} " in capsys.readouterr().out
+    assert main(["merge", nf4, adapter, merged, "--dtype", "bfloat16", "--no-verify"]) == 0
+    assert "14 linears merged" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged", "nf4"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny: Path, tiny_nf4: Path, tiny_adapter: Path) -> Path:
+    """A directory with good things and damaged ones."""
+    for name, source in (("model", tiny), ("nf4", tiny_nf4), ("adapter", tiny_adapter)):
+        shutil.copytree(source, tmp_path / name)
+    shutil.copytree(tiny_nf4, tmp_path / "cut")
+    shard = next((tmp_path / "cut").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    (tmp_path / "empty").mkdir()
+    make_model(tmp_path / "other", hidden_size=128)
+    good = '{"prompt": "a", "completion": "b"}\n'
+    (tmp_path / "good.jsonl").write_text(good * 4)
+    (tmp_path / "row17.jsonl").write_text(good * 16 + '{"prompt": "a"}\n')
+    (tmp_path / "layout.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "masked.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    return tmp_path
+
+
+TRAIN = "train --model_name_or_path nf4 --dataset good.jsonl --output_dir out"
+MISTAKES = [
+    ("quantize absent out", "no model at absent"),
+    ("quantize empty out", "no config.json"),
+    ("quantize cut out", "damaged or cut short"),
+    ("quantize nf4 out", "in NF4 already"),
+    ("quantize model out --max_shard_size big", "not a size: 'big'"),
+    ("quantize model", "the following arguments are required: OUT"),
+    ("quantize model adapter", "not empty"),
+    ("quantise model out", "invalid choice: 'quantise'"),
+    ("merge nf4 adapter out --typo", "unrecognized arguments: --typo"),
+    ("merge other adapter out", "the adapter is for another model"),
+    ("merge nf4 model out", "model is not an adapter"),
+    ("merge adapter adapter out", "is an adapter, not a model"),
+    ("merge cut adapter out", "damaged or cut short"),
+    (TRAIN + " --learing_rate 1", "did you mean --learning_rate?"),
+    (TRAIN.replace("nf4", "cut"), "damaged or cut short"),
+    (TRAIN.replace("nf4", "empty"), "no config.json"),
+    (TRAIN.replace("good", "absent"), "no data file at absent.jsonl"),
+    (TRAIN.replace("good", "layout"), "no known layout"),
+    (TRAIN.replace("good", "masked"), "every label would be masked"),
+    (TRAIN.replace("good", "row17"), "row 17: the field 'completion' is missing"),
+    (TRAIN.replace("--output_dir out", ""), "missing: --output_dir"),
+    (TRAIN + " --lora_target_modules qq_proj", "matches no linear"),
+    (TRAIN + " --lora_r 0", "rank must be"),
+    (TRAIN + " --eval_strategy steps", "eval"),
+    (TRAIN + " --optim adamm", "adamm"),
+    ("train absent.yaml", "no config file at absent.yaml"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_writes_nothing(
+    command: str,
+    message: str,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(place)
+    before = sorted(path.name for path in place.rglob("*"))
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("qdora: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(path.name for path in place.rglob("*")) == before
+
+
+def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--model_name_or_path" in text
+    assert "--learning_rate" in text
+    for verb in ([], ["quantize"], ["merge"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*verb, "--help"])
+        assert stopped.value.code == 0
+        assert "usage: qdora" in capsys.readouterr().out
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qdora", "quantize", str(tmp_path / "absent"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("qdora: no model at")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,172 @@
+"""Layouts, masks and truncation, checked by decoding what carries loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdora.data import IGNORED, encode, read_rows, recognize
+from qdora.errors import DataError
+
+USER, ASSISTANT = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "42 apples."}
+
+
+def learned(row: dict[str, Any], tokenizer: Any, **options: Any) -> str:
+    encoded = encode([row], tokenizer, options.pop("max_length", None), **options)
+    assert len(encoded.input_ids[0]) == len(encoded.labels[0])
+    kept = [i for i, label in zip(encoded.input_ids[0], encoded.labels[0], strict=True) if label != IGNORED]
+    assert kept == [label for label in encoded.labels[0] if label != IGNORED]
+    return tokenizer.decode(kept)
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"messages": [USER, ASSISTANT]}, "messages"),
+        (
+            {"conversations": [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "42 apples."}]},
+            "sharegpt",
+        ),
+        ({"instruction": "How many?", "output": "42 apples."}, "alpaca"),
+        ({"instruction": "How", "input": "many?", "output": "42 apples."}, "alpaca"),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, "prompt/completion"),
+    ],
+)
+def test_chats_learn_the_answer_and_its_end(row: dict[str, Any], layout: str, tokenizer: Any) -> None:
+    assert recognize([row], "data") == layout
+    assert learned(row, tokenizer) == "42 apples.<|im_end|>"
+    whole = tokenizer.decode(encode([row], tokenizer, None).input_ids[0])
+    assert whole.startswith("<|im_start|>user\nHow")
+    assert whole.rstrip().endswith("<|im_start|>assistant\n42 apples.<|im_end|>")
+
+
+def test_every_assistant_turn_is_learned_and_no_other(tokenizer: Any) -> None:
+    system = {"role": "system", "content": "Count the apples."}
+    turns = [system, USER, ASSISTANT, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Quite."}]
+    assert learned({"messages": turns}, tokenizer) == "42 apples.<|im_end|>Quite.<|im_end|>"
+    completion_only = {"prompt": turns[:4], "completion": turns[4:]}
+    assert learned(completion_only, tokenizer) == "Quite.<|im_end|>"
+
+
+def test_prompt_and_completion_stand_as_they_are(tokenizer: Any) -> None:
+    row = {"prompt": "Question: 12?\nAnswer:", "completion": " 42"}
+    assert learned(row, tokenizer) == " 42<|im_end|>"
+    assert tokenizer.decode(encode([row], tokenizer, None).input_ids[0]) == "Question: 12?\nAnswer: 42<|im_end|>"
+
+
+def test_a_token_across_the_border_belongs_to_the_answer(tokenizer: Any) -> None:
+    assert learned({"prompt": "The quick brown fo", "completion": "x jumps"}, tokenizer).endswith("x jumps<|im_end|>")
+
+
+def test_text_and_loss_on_all_learn_everything(tokenizer: Any) -> None:
+    assert learned({"text": "The lazy dog"}, tokenizer) == "The lazy dog<|im_end|>"
+    row = {"prompt": "How many?", "completion": " 42"}
+    assert learned(row, tokenizer, loss_on_all=True) == "How many? 42<|im_end|>"
+
+
+def test_cut_and_dropped_rows_are_counted(tokenizer: Any) -> None:
+    short = {"prompt": "A", "completion": " 1"}
+    long_answer = {"prompt": "A", "completion": " 1" * 40}
+    long_prompt = {"prompt": "A b" * 40, "completion": " 1"}
+    encoded = encode([short, long_answer, long_prompt], tokenizer, 20)
+    assert (len(encoded), encoded.cut, encoded.dropped) == (2, 1, 1)
+    assert "1 answers cut" in str(encoded)
+    assert "1 rows without an answer" in str(encoded)
+    assert encoded.answer_tokens == sum(label != IGNORED for row in encoded.labels for label in row)
+    with pytest.raises(DataError, match="every label would be masked"):
+        encode([long_prompt], tokenizer, 20)
+    with pytest.raises(DataError, match="no row has an answer"):
+        encode([{"messages": [USER]}], tokenizer, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "x"}, "row 17: the field 'completion' is missing"),
+        ({"prompt": "x", "completion": 3}, "row 17: the field 'completion' must be text, found int"),
+    ],
+)
+def test_a_bad_row_is_named(row: dict[str, Any], message: str, tokenizer: Any) -> None:
+    rows = [{"prompt": "x", "completion": "y"}] * 16 + [row]
+    with pytest.raises(DataError, match=message):
+        encode(rows, tokenizer, None)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (None, "'messages' is missing"),
+        ([], "list of messages"),
+        (["hello"], "list of messages"),
+        ([{"role": "user"}], "'content' is missing"),
+        ([{"role": "user", "content": ["part"]}], "must be text, found list"),
+    ],
+)
+def test_bad_messages_are_named(turns: Any, message: str, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=message):
+        encode([{"messages": turns}], tokenizer, None)
+
+
+def test_an_unknown_speaker_and_a_missing_template(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="unknown speaker 'alien'"):
+        encode([{"conversations": [{"from": "alien", "value": "x"}]}], tokenizer, None)
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        with pytest.raises(DataError, match="no chat template"):
+            encode([{"messages": [USER, ASSISTANT]}], tokenizer, None)
+        tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+        with pytest.raises(DataError, match="roles must alternate"):
+            encode([{"messages": [USER, ASSISTANT]}], tokenizer, None)
+        tokenizer.chat_template = "{% if add_generation_prompt %}other{% endif %}{{ messages | length }}"
+        with pytest.raises(DataError, match="hides where the answer begins"):
+            encode([{"messages": [USER, ASSISTANT]}], tokenizer, None)
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_an_unknown_layout_lists_the_known(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"columns question, answer, which is no known layout .*alpaca"):
+        encode([{"question": "x", "answer": "y"}], tokenizer, None)
+
+
+def test_files(tmp_path: Path) -> None:
+    rows = [{"prompt": "a\u2028b", "completion": "é"}, {"prompt": "c,d", "completion": "\n"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", "utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8")
+    (tmp_path / "b.json").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    (tmp_path / "a.csv").write_text('prompt,completion\n"a\u2028b",é\n"c,d","\n"\n', "utf-8")
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "b.json", "a.csv", "a.parquet"):
+        assert read_rows(tmp_path / name) == rows, name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2: not valid JSON"),
+        ("a.jsonl", b"[1]\n", "line 1: expected a JSON object, found list"),
+        ("a.jsonl", b"\n", "has no rows"),
+        ("a.jsonl", b'{"a": "\xff"}\n', "not UTF-8"),
+        ("a.json", b"[1, 2]", "must be a JSON list of objects"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
+        ("a.csv", b'a,b\n"x', "not valid CSV"),
+        ("a.parquet", b"PAR1", "not valid Parquet"),
+        ("a.txt", b"hello", "is none of .jsonl"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    for name in ("missing.jsonl", "missing"):
+        with pytest.raises(DataError, match="no data file at"):
+            read_rows(tmp_path / name)

@@ -1,0 +1,68 @@
+"""Which linears are found, swapped and switched off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import qdora
+from qdora import AdapterConfig, ConfigError
+from qdora.dora import DoRALinear, FrozenLinear
+from qdora.inject import adapted_linears, attach, linear_paths
+from tests.conftest import disturb
+
+IDS = torch.arange(3, 23)[None]
+
+
+def test_exactly_the_adapter_trains(tiny_nf4: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4))
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B", "magnitude_offset"}
+    assert len(adapted_linears(model)) == len(linear_paths(model)) == 14
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
+
+
+def test_patterns_reach_the_layers(tiny_nf4: Path) -> None:
+    ranks, alphas = {r"layers\.1\..*": 2}, {"q_proj": 1.0}
+    targets = ("q_proj", "up_proj")
+    config = AdapterConfig(rank=4, alpha=8, target_modules=targets, rank_pattern=ranks, alpha_pattern=alphas)
+    layers = adapted_linears(qdora.load_model(tiny_nf4, adapter=config))
+    assert len(layers) == 4
+    assert layers["model.layers.1.mlp.up_proj"].rank == 2
+    assert layers["model.layers.0.self_attn.q_proj"].scaling == 0.25
+    others = [m for m in qdora.load_model(tiny_nf4, adapter=config).modules() if isinstance(m, FrozenLinear)]
+    assert len(others) == 10
+
+
+def test_a_typo_in_the_targets(tiny_nf4: Path) -> None:
+    for targets in (("q_proj", "qq_proj"), "nothing.*", ("lm_head",)):
+        with pytest.raises(ConfigError, match=r"matches no linear; there are .*down_proj"):
+            qdora.load_model(tiny_nf4, adapter=AdapterConfig(target_modules=targets))
+
+
+def test_attaching_twice(tiny_nf4: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig())
+    with pytest.raises(ConfigError, match="already carries adapters"):
+        attach(model, AdapterConfig())
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_a_fresh_adapter_changes_no_logit(tiny: Path, load_in_4bit: bool, use_dora: bool) -> None:
+    base = qdora.load_model(tiny, load_in_4bit=load_in_4bit)(IDS).logits
+    model = qdora.load_model(tiny, adapter=AdapterConfig(use_dora=use_dora), load_in_4bit=load_in_4bit)
+    assert isinstance(model.model.layers[0].mlp.up_proj, DoRALinear)
+    assert torch.equal(model(IDS).logits, base)
+
+
+def test_disabled_adapters_give_the_base(tiny_nf4: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig())
+    fresh = model(IDS).logits
+    disturb(model)
+    trained = model(IDS).logits
+    assert not torch.equal(trained, fresh)
+    with qdora.adapters_disabled(model):
+        assert torch.equal(model(IDS).logits, fresh)
+    assert torch.equal(model(IDS).logits, trained)

@@ -1,0 +1,149 @@
+"""The merged model against the equation in fp64, against its adapter, and as plain transformers reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import qdora
+from qdora import AdapterConfig, CheckpointError, NumericsError
+from qdora.checkpoint import read_adapter
+from qdora.inject import linear_paths
+from qdora.shards import ShardReader
+from qdora.verify import compare
+from tests.conftest import disturb, make_model
+from tests.reference import dora as reference
+from tests.test_quantize import make_gpt2
+
+IDS = torch.arange(3, 43)[None]
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_every_weight_is_the_equation_s(use_dora: bool, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "m", intermediate_size=144)  # in_features that straddle blocks
+    qdora.quantize(base, tmp_path / "nf4")
+    model = qdora.load_model(tmp_path / "nf4", adapter=AdapterConfig(rank=4, use_dora=use_dora))
+    disturb(model)
+    qdora.save_adapter(model, tmp_path / "adapter")
+    qdora.merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "out", verify=False, max_shard_size="30KB")
+    merged, adapter = ShardReader(tmp_path / "out"), read_adapter(tmp_path / "adapter")
+    for path in linear_paths(model):
+        layer, parts = model.get_submodule(path), adapter.linears[path]
+        W, A, B = layer.base.dequantize().double(), parts.A.double(), parts.B.double()
+        m = None if parts.magnitude is None else parts.magnitude.double()
+        expected = reference.forward(torch.eye(W.shape[1]).double(), W, A, B, m, parts.scaling).t()
+        ours = merged.get(f"{path}.weight")
+        assert ours.dtype == torch.float16
+        assert ((ours.double() - expected).abs() <= 2**-11 * expected.abs() + 2**-24).all()
+
+
+def test_the_merged_model_is_plain_and_agrees(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    report = qdora.merge(tiny_nf4, tiny_adapter, tmp_path / "out")
+    assert report.comparison is not None
+    assert report.comparison.kl_per_token < 1e-4
+    assert report.merged_linears == 14
+    assert "14 linears merged onto the nf4 base" in str(report)
+    assert "greedy tokens the same" in str(report)
+    record = json.loads((tmp_path / "out" / "qdora_merge.json").read_text())
+    assert (record["merged_onto"], record["dtype"]) == ("nf4", "float16")
+    assert record["verified"]["kl_per_token"] < 1e-4
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.dtype == torch.float16
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    trained = qdora.load_model(tiny_nf4, adapter=tiny_adapter, dtype="float32")
+    a, b = trained(IDS).logits, plain.float()(IDS).logits
+    assert (a - b).norm() / a.norm() < 2e-3
+
+
+def test_bfloat16_and_an_untied_head(tmp_path: Path) -> None:
+    qdora.quantize(make_model(tmp_path / "m", tie=False), tmp_path / "nf4")
+    model = qdora.load_model(tmp_path / "nf4", adapter=AdapterConfig(rank=4))
+    qdora.save_adapter(model, tmp_path / "adapter")
+    qdora.merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "out", dtype="bfloat16")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.dtype == torch.bfloat16
+    assert plain.lm_head.weight is not plain.model.embed_tokens.weight
+
+
+def test_gpt2_keeps_its_orientation(tmp_path: Path) -> None:
+    base = make_gpt2(tmp_path / "gpt2")
+    qdora.quantize(base, tmp_path / "nf4")
+    for source in (tmp_path / "nf4", base):
+        model = qdora.load_model(source, adapter=AdapterConfig(rank=4))
+        disturb(model)
+        out = tmp_path / f"out-{source.name}"
+        qdora.save_adapter(model, out / "adapter")
+        report = qdora.merge(source, out / "adapter", out / "merged", verify=True)
+        assert report.comparison is not None
+        assert report.comparison.kl_per_token < 1e-4
+
+
+def test_a_16_bit_base_is_rounded_as_training_rounded_it(
+    tiny: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    through = qdora.merge(tiny, tiny_adapter, tmp_path / "through")
+    assert through.base == "16-bit rounded through nf4"
+    assert through.comparison is not None
+    assert through.comparison.kl_per_token < 1e-4
+    qdora.merge(tiny_nf4, tiny_adapter, tmp_path / "nf4")
+    a, b = ShardReader(tmp_path / "through"), ShardReader(tmp_path / "nf4")
+    assert all(torch.equal(a.get(key), b.get(key)) for key in b)
+    onto = qdora.merge(tiny, tiny_adapter, tmp_path / "onto", onto_original=True)
+    assert (onto.base, onto.comparison) == ("16-bit", None)
+    key = "model.layers.0.mlp.up_proj.weight"
+    difference = ShardReader(tmp_path / "onto").get(key).float() - b.get(key).float()
+    assert 0.05 < difference.norm() / b.get(key).float().norm() < 0.15
+
+
+def test_an_adapter_trained_on_a_dense_base(tiny: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny, adapter=AdapterConfig(rank=4), load_in_4bit=False)
+    disturb(model)
+    qdora.save_adapter(model, tmp_path / "adapter")
+    report = qdora.merge(tiny, tmp_path / "adapter", tmp_path / "out")
+    assert report.base == "16-bit"
+    trained = qdora.load_model(tiny, adapter=tmp_path / "adapter", load_in_4bit=False, dtype="float32")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    a, b = trained(IDS).logits, plain(IDS).logits
+    assert (a - b).norm() / a.norm() < 2e-3
+
+
+def test_overflow_is_named_and_leaves_nothing(tiny_nf4: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, use_dora=False, target_modules=("up_proj",)))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.lora_B.fill_(1e6)
+    qdora.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.up_proj\.weight is not finite in float16.*bfloat16"):
+        qdora.merge(tiny_nf4, tmp_path / "adapter", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+    qdora.merge(tiny_nf4, tmp_path / "adapter", tmp_path / "out", dtype="bfloat16", verify=False)
+
+
+def test_refusals(tiny: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    other = make_model(tmp_path / "other", hidden_size=128)
+    shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
+    for base, adapter, message in [
+        (other, tiny_adapter, "for another model: .*is 128×192 here and 64×192"),
+        (shallow, tiny_adapter, "not a linear of this base"),
+        (tiny_nf4, tiny, "is not an adapter"),
+        (tiny_adapter, tiny_adapter, "is an adapter, not a model"),
+        (tmp_path / "absent", tiny_adapter, "no model at"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            qdora.merge(base, adapter, out)
+    assert not out.exists()
+
+
+def test_the_comparison_sees_a_difference(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, alpha=8))
+    disturb(model, seed=1)
+    qdora.save_adapter(model, tmp_path / "other")
+    qdora.merge(tiny_nf4, tmp_path / "other", tmp_path / "out", verify=False)
+    comparison = compare(tiny_nf4, tiny_adapter, tmp_path / "out")
+    assert comparison.kl_per_token > 1e-2
+    assert comparison.same_tokens < comparison.greedy_tokens

@@ -1,0 +1,101 @@
+"""Reading and writing shards, and every way in which a model directory can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qdora.errors import CheckpointError, ConfigError
+from qdora.shards import INDEX_FILE, SINGLE_FILE, ShardReader, ShardWriter, format_bytes, parse_size
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {f"t{i}": torch.randn(10, 10).to(torch.bfloat16 if i % 2 else torch.float32) for i in range(7)}
+
+
+def write(directory: Path, size: int) -> dict[str, torch.Tensor]:
+    directory.mkdir(exist_ok=True)
+    with ShardWriter(directory, size) as writer:
+        for key, tensor in tensors().items():
+            writer.add(key, tensor)
+    return tensors()
+
+
+@pytest.mark.parametrize("size", [1, 500, 10**9])
+def test_round_trip(tmp_path: Path, size: int) -> None:
+    written = write(tmp_path, size)
+    reader = ShardReader(tmp_path)
+    assert set(reader.keys()) == written.keys()
+    assert reader.total_bytes == sum(t.nbytes for t in written.values())
+    assert reader.largest_bytes == 400
+    for key, tensor in written.items():
+        assert torch.equal(reader.get(key), tensor)
+        assert reader.nbytes(key) == tensor.nbytes
+    files = sorted(tmp_path.glob("*.safetensors"))
+    if size == 10**9:
+        assert [f.name for f in files] == [SINGLE_FILE]
+    else:
+        assert all(f.name.endswith(f"-of-{len(files):05d}.safetensors") for f in files)
+        for file in files:
+            parts = load_file(file)
+            assert sum(t.nbytes for t in parts.values()) <= size or len(parts) == 1
+
+
+def test_a_truncated_shard(tmp_path: Path) -> None:
+    write(tmp_path, 10**9)
+    file = tmp_path / SINGLE_FILE
+    for keep in (0, 4, 20, file.stat().st_size - 1):
+        content = file.read_bytes()
+        file.write_bytes(content[:keep])
+        with pytest.raises(CheckpointError, match="damaged or cut short"):
+            ShardReader(tmp_path)
+        file.write_bytes(content)
+
+
+def test_no_weights_and_pickled_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        ShardReader(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="pickled weights"):
+        ShardReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("not json", "not a safetensors index"),
+        ("[]", "not a safetensors index"),
+        ('{"weight_map": {"t0": "../other.safetensors"}}', "outside its directory"),
+        ('{"weight_map": {"t0": "/etc/passwd"}}', "outside its directory"),
+        ('{"weight_map": {"t0": "absent.safetensors"}}', "is not there"),
+        ('{"weight_map": {"t9": "model.safetensors"}}', "first 't9'"),
+    ],
+)
+def test_a_bad_index(tmp_path: Path, index: str, message: str) -> None:
+    write(tmp_path, 10**9)
+    (tmp_path / INDEX_FILE).write_text(index)
+    with pytest.raises(CheckpointError, match=message):
+        ShardReader(tmp_path)
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "y.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
+    with pytest.raises(CheckpointError, match="'a' stands in both"):
+        ShardReader(tmp_path)
+
+
+def test_sizes() -> None:
+    assert parse_size("5GB") == 5 * 10**9
+    assert parse_size("1.5 MiB") == 3 * 2**19
+    assert parse_size(100) == 100
+    for bad in ("", "5 TB", "-1GB", "0", "GB", "five"):
+        with pytest.raises(ConfigError, match="not a size"):
+            parse_size(bad)
+    assert [format_bytes(n) for n in (5, 1500, 2.5e6, 1.234e9)] == ["5 B", "1.5 kB", "2.5 MB", "1.23 GB"]

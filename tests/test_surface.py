@@ -1,0 +1,73 @@
+"""What the library promises to those who read it: exports, layers, the README's tree."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import qdora
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    {"cli", "__main__"},
+    {"quantize", "train", "merge"},
+    {"trainer", "verify"},
+    {"arguments", "model"},
+    {"checkpoint"},
+    {"inject"},
+    {"data", "dora", "curves"},
+    {"nf4", "dense", "loss", "shards", "output"},
+    {"base", "config"},
+    {"errors"},
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("qdora"):
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return found
+
+
+def test_imports_point_down() -> None:
+    layer_of = {name: number for number, names in enumerate(LAYERS) for name in names}
+    modules = {path.stem: path for path in (ROOT / "qdora").glob("*.py") if path.stem != "__init__"}
+    assert modules.keys() == layer_of.keys()
+    for name, path in modules.items():
+        for other in imports_of(path) & layer_of.keys():
+            own_main = name == "__main__"
+            assert layer_of[other] > layer_of[name] or own_main, f"{name} imports {other}"
+
+
+def test_only_nf4_knows_bitsandbytes_and_nothing_pickles() -> None:
+    for path in (ROOT / "qdora").glob("*.py"):
+        text = path.read_text()
+        if path.stem != "nf4":
+            assert not re.search(r"^\s*(import|from) bitsandbytes", text, re.MULTILINE), path.name
+        assert not re.search(r"torch\.load|pickle\.", text), path.name
+
+
+def test_all_is_exported() -> None:
+    for name in qdora.__all__:
+        assert hasattr(qdora, name), name
+    assert {"quantize", "train", "merge", "load_model", "save_adapter", "load_adapter"} <= set(qdora.__all__)
+    assert list(qdora.__all__) == sorted(qdora.__all__)
+    for verb in ("quantize", "train", "merge"):
+        assert callable(getattr(qdora, verb))
+
+
+def test_the_readme_s_tree_is_the_tree() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in [*(ROOT / "qdora").glob("*.py"), *(ROOT / "scripts").glob("*.*")]:
+        assert re.search(rf"^\s+{re.escape(path.name)}\s+\S", readme, re.MULTILINE), f"{path.name} is not in the tree"
+
+
+def test_tests_mirror_the_source() -> None:
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    # What these do is tested where it is used: in `test_inject`, `test_dora`, `test_train` and `test_merge`.
+    elsewhere = {"__init__", "__main__", "errors", "base", "dense", "curves", "trainer", "verify"}
+    missing = {path.stem for path in (ROOT / "qdora").glob("*.py")} - tested - elsewhere
+    assert not missing

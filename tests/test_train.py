@@ -1,0 +1,146 @@
+"""Training on a tiny model: it learns, what trains moves, and a resumed run is the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qdora
+from qdora import ConfigError, DataError
+from qdora.inject import adapted_linears
+from qdora.train import train_from_arguments
+
+QUICK: dict[str, Any] = {
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "max_length": 64,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def quick(model: Path, data: Path, out: Path, **flags: Any) -> qdora.TrainReport:
+    settings = {**QUICK, "model_name_or_path": str(model), "dataset": str(data), "output_dir": str(out), **flags}
+    return qdora.train(**settings)
+
+
+def adapter_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def test_it_learns_and_says_so(tiny_nf4: Path, pairs_file: Path, tmp_path: Path, capsys: Any) -> None:
+    report = quick(tiny_nf4, pairs_file, tmp_path, max_steps=12, eval_dataset=str(pairs_file), eval_strategy="epoch")
+    assert report.last_loss < 0.7 * report.first_loss
+    assert report.steps == 12
+    assert report.eval_loss is not None
+    assert report.eval_loss < report.first_loss
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "48 rows in the prompt/completion layout" in capsys.readouterr().out
+    assert "adapter in" in str(report)
+    model = qdora.load_model(tiny_nf4, adapter=tmp_path)
+    for path, layer in adapted_linears(model).items():
+        assert layer.magnitude_offset is not None
+        assert (layer.magnitude_offset != 0).all(), path
+        assert layer.lora_B.any(dim=1).all(), path
+
+
+@pytest.mark.parametrize("flags", [{"use_dora": False}, {"load_in_4bit": False}, {"adapter_dtype": "float32"}])
+def test_the_other_methods(flags: dict[str, Any], tiny: Path, pairs_file: Path, tmp_path: Path) -> None:
+    report = quick(tiny, pairs_file, tmp_path, max_steps=8, save_strategy="no", **flags)
+    assert report.last_loss < report.first_loss
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["use_dora"] is flags.get("use_dora", True)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    flags = {"save_steps": 3, "lr_scheduler_type": "linear", "max_steps": 6, "lora_dropout": 0.1}
+    quick(tiny_nf4, pairs_file, tmp_path / "whole", **flags)
+    whole = adapter_tensors(tmp_path / "whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    assert not (checkpoint / "model.safetensors").exists()
+    quick(tiny_nf4, pairs_file, tmp_path / "resumed", resume_from_checkpoint=str(checkpoint), **flags)
+    resumed = adapter_tensors(tmp_path / "resumed")
+    assert whole.keys() == resumed.keys()
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, resumed[key]), key
+    with pytest.raises(ConfigError, match="holds an earlier run"):
+        quick(tiny_nf4, pairs_file, tmp_path / "whole", **flags)
+    report = quick(tiny_nf4, pairs_file, tmp_path / "whole", **{**flags, "max_steps": 7}, resume_from_checkpoint="last")
+    assert report.steps == 7
+
+
+def test_the_same_seed_gives_the_same_bits(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        quick(tiny_nf4, pairs_file, tmp_path / name, max_steps=3, save_strategy="no")
+    a, b = adapter_tensors(tmp_path / "a"), adapter_tensors(tmp_path / "b")
+    assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+
+
+def test_accumulation_weights_tokens(tiny_nf4: Path, tmp_path: Path) -> None:
+    data = tmp_path / "uneven.jsonl"
+    rows = [{"prompt": "count:", "completion": " 1" * (1 + 5 * (i % 4))} for i in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"max_steps": 2, "save_strategy": "no", "adapter_dtype": "float32", "dtype": "float32", "max_grad_norm": 0}
+    whole = quick(tiny_nf4, data, tmp_path / "whole", **flags)
+    parts = quick(
+        tiny_nf4, data, tmp_path / "parts", per_device_train_batch_size=2, gradient_accumulation_steps=4, **flags
+    )
+    assert parts.first_loss == pytest.approx(whole.first_loss, rel=1e-5)
+    a, b = adapter_tensors(tmp_path / "whole"), adapter_tensors(tmp_path / "parts")
+    for key, tensor in a.items():
+        if "lora_B" in key:
+            assert torch.nn.functional.cosine_similarity(tensor.flatten(), b[key].flatten(), dim=0) > 0.999
+
+
+def test_best_checkpoint_and_chunked_evaluation(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    flags = {"eval_dataset": str(pairs_file), "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    quick(tiny_nf4, pairs_file, tmp_path, max_steps=4, load_best_model_at_end=True, **flags)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    a, b = adapter_tensors(tmp_path), adapter_tensors(best)
+    assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+
+
+def test_packing(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    report = quick(tiny_nf4, pairs_file, tmp_path, max_steps=2, packing=True, packing_strategy="wrapped")
+    assert report.steps == 2
+
+
+def test_the_config_file_and_the_flags_are_one(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    settings = {
+        **QUICK,
+        "model_name_or_path": tiny_nf4,
+        "dataset": pairs_file,
+        "output_dir": tmp_path / "a",
+        "max_steps": 9,
+    }
+    config.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    report = train_from_arguments([str(config), "--max_steps", "2", "--save_strategy=no"])
+    assert (report.output_dir, report.steps) == (tmp_path / "a", 2)
+    assert qdora.train(config, max_steps=1, output_dir=str(tmp_path / "b"), save_strategy="no").steps == 1
+
+
+def test_nothing_is_written_when_the_input_is_wrong(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bad = tmp_path / "bad.jsonl"
+    rows = [json.dumps({"prompt": "x", "completion": "y"})] * 16 + [json.dumps({"prompt": "x"})]
+    bad.write_text("\n".join(rows))
+    with pytest.raises(DataError, match="row 17: the field 'completion' is missing"):
+        quick(tiny_nf4, bad, out)
+    with pytest.raises(DataError, match="every label would be masked"):
+        quick(tiny_nf4, pairs_file, out, max_length=2)
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        quick(tiny_nf4, pairs_file, out, resume_from_checkpoint="last")
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        quick(tiny_nf4, pairs_file, out, resume_from_checkpoint=str(tmp_path / "absent"))
+    assert not out.exists()
