@@ -66,7 +66,7 @@ def _train(arguments: list[str]) -> None:
         return
     report = train_from_arguments(arguments)
     print(report)
-    print(f"next: qdora merge BASE {report.output_dir} OUT")
+    print(f"next: qdora merge {report.base} {report.output_dir} OUT")
 
 
 def _quantize_or_merge(options: argparse.Namespace) -> None:

@@ -29,5 +29,6 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
             axes.plot(steps, values, style, label=label, markersize=4)
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)

@@ -29,6 +29,7 @@ __all__ = ["TrainReport", "train"]
 class TrainReport:
     """What `train` did."""
 
+    base: str
     output_dir: Path
     steps: int
     first_loss: float
@@ -69,6 +70,8 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport:
     if resume is None:
         _check_output(output_dir, run.overwrite_output_dir)
     adapter = adapter_config(run)
+    if training.eval_strategy != "no" and not run.eval_dataset:
+        raise ConfigError(f"--eval_strategy {training.eval_strategy.value} needs an --eval_dataset")
     tokenizer = load_tokenizer(run.model_name_or_path, training.trust_remote_code)
     _use_chat_template(tokenizer, training)
     data = _load_data(run.dataset, run.dataset_split, tokenizer, training)
@@ -94,18 +97,24 @@ def _build_trainer(model: Any, tokenizer: Any, training: Any, data: EncodedData,
     from qdora.trainer import AdapterTrainer
 
     training.dataloader_pin_memory &= training.device.type != "cpu"
+    if not training.packing:
+        # The rows are tokenized, masked and cut already.
+        training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
     model.train()
 
     def dataset(encoded: EncodedData) -> Dataset:
         return Dataset.from_dict({"input_ids": encoded.input_ids, "labels": encoded.labels})
 
-    return AdapterTrainer(
-        model=model,
-        args=training,
-        train_dataset=dataset(data),
-        eval_dataset=None if evaluation is None else dataset(evaluation),
-        processing_class=tokenizer,
-    )
+    try:
+        return AdapterTrainer(
+            model=model,
+            args=training,
+            train_dataset=dataset(data),
+            eval_dataset=None if evaluation is None else dataset(evaluation),
+            processing_class=tokenizer,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"these training flags do not fit together: {str(error).splitlines()[0]}") from None
 
 
 def _finish(trainer: Any, run: RunArguments, data: EncodedData, output_dir: Path) -> TrainReport:
@@ -120,6 +129,7 @@ def _finish(trainer: Any, run: RunArguments, data: EncodedData, output_dir: Path
     trainer.save_state()
     plot_loss(history, output_dir / "loss.png", f"{Path(run.model_name_or_path).name} on {Path(run.dataset).name}")
     return TrainReport(
+        base=run.model_name_or_path,
         output_dir=output_dir,
         steps=trainer.state.global_step,
         first_loss=losses[0] if losses else math.nan,

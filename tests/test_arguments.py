@@ -75,7 +75,7 @@ def test_mistakes(flags: list[str], message: str) -> None:
     [
         ("a: [", "not valid YAML"),
         ("- a\n", "must hold settings"),
-        ("modle: x", "did you mean --model"),
+        ("modle: x", "did you mean --model_name_or_path?"),
         ("", "must hold"),
     ],
 )

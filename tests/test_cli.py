@@ -34,6 +34,9 @@ def place(tmp_path: Path, tiny: Path, tiny_nf4: Path, tiny_adapter: Path) -> Pat
     shutil.copytree(tiny_nf4, tmp_path / "cut")
     shard = next((tmp_path / "cut").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-10])
+    shutil.copytree(tiny, tmp_path / "short")
+    shard = sorted((tmp_path / "short").glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-10])
     (tmp_path / "empty").mkdir()
     make_model(tmp_path / "other", hidden_size=128)
     good = '{"prompt": "a", "completion": "b"}\n'
@@ -48,7 +51,7 @@ TRAIN = "train --model_name_or_path nf4 --dataset good.jsonl --output_dir out"
 MISTAKES = [
     ("quantize absent out", "no model at absent"),
     ("quantize empty out", "no config.json"),
-    ("quantize cut out", "damaged or cut short"),
+    ("quantize short out", "damaged or cut short"),
     ("quantize nf4 out", "in NF4 already"),
     ("quantize model out --max_shard_size big", "not a size: 'big'"),
     ("quantize model", "the following arguments are required: OUT"),
@@ -69,7 +72,7 @@ MISTAKES = [
     (TRAIN.replace("--output_dir out", ""), "missing: --output_dir"),
     (TRAIN + " --lora_target_modules qq_proj", "matches no linear"),
     (TRAIN + " --lora_r 0", "rank must be"),
-    (TRAIN + " --eval_strategy steps", "eval"),
+    (TRAIN + " --eval_strategy steps", "needs an --eval_dataset"),
     (TRAIN + " --optim adamm", "adamm"),
     ("train absent.yaml", "no config file at absent.yaml"),
 ]
