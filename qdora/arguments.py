@@ -200,7 +200,8 @@ def _suggestion(name: str, known: set[str]) -> str:
         whole, head = (difflib.SequenceMatcher(None, name, text).ratio() for text in heads)
         return max(whole, 0.9 * head)
 
-    near = _OTHER_NAMES.get(name) or max(sorted(k.replace("-", "_") for k in known), key=likeness)
+    ours = [item.name for item in dataclasses.fields(RunArguments)]
+    near = _OTHER_NAMES.get(name) or max([*ours, *sorted(k.replace("-", "_") for k in known)], key=likeness)
     if likeness(near) < 0.6 and name not in _OTHER_NAMES:
         return "; `qdora train --help` lists the common ones"
     return f"; did you mean --{near}?"

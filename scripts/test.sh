@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The tests on a fresh machine. Arguments go to pytest: `scripts/test.sh -m slow` runs the long real-model ones.
+set -euo pipefail
+. "$(dirname "$0")/environment.sh" dev
+cd "$root"
+ruff check .
+ruff format --check .
+mypy
+if [ $# -eq 0 ]; then set -- -m "not slow"; fi
+python -m pytest "$@"
