@@ -24,12 +24,13 @@ from qdora.errors import ConfigError
 __all__ = ["RunArguments", "adapter_config", "flags_of", "parse_train"]
 
 # Where our defaults differ from SFTConfig's: an adapter learns faster than a whole model, bf16 is the model's own
-# dtype (so that autocast has nothing to do).
+# dtype (so that autocast has nothing to do), and a loss that is not finite must be seen.
 _DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-4,
     "bf16": False,
     "per_device_train_batch_size": 4,
     "logging_first_step": True,
+    "logging_nan_inf_filter": False,
 }
 
 

@@ -106,6 +106,7 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False)
     is_nf4 = all(isinstance(layer.base, NF4Weight) for layer in layers.values())
     metadata = {"format": "pt", "qdora_base": "nf4" if is_nf4 else "dense"}
     targets = _target_names(config, list(layers), linear_paths(model))
+    (directory / OFFSETS_FILE).unlink(missing_ok=True)  # an earlier adapter's
     _replace_file(directory / WEIGHTS_FILE, tensors, metadata)
     if exact_offsets and config.use_dora:
         offsets = {path: layer.magnitude_offset.detach().cpu() for path, layer in layers.items()}  # type: ignore[union-attr]
@@ -218,9 +219,11 @@ def _copy_into(layer: DoRALinear, adapter: LinearAdapter, offset: Tensor | None,
     layer.lora_A.copy_(adapter.A)
     layer.lora_B.copy_(adapter.B)
     if layer.magnitude_offset is not None and adapter.magnitude is not None:
-        if offset is None:
-            offset = adapter.magnitude.to(layer.base.device) - layer.base_norm()
-        layer.magnitude_offset.copy_(offset)
+        from_file = adapter.magnitude.to(layer.base.device) - layer.base_norm()
+        # The file of exact offsets speaks only if it says what the adapter says; another tool may have changed that.
+        rounding = float(adapter.magnitude.abs().max()) * 2**-20
+        agrees = offset is not None and torch.allclose(offset.to(from_file), from_file, rtol=2**-7, atol=rounding)
+        layer.magnitude_offset.copy_(offset if agrees and offset is not None else from_file)
     layer.refresh()
 
 

@@ -56,7 +56,8 @@ class AdapterTrainer(SFTTrainer):
         if not self.args.should_save:
             return
         directory = Path(output_dir or self.args.output_dir)
-        save_adapter(self.model, directory, exact_offsets=True)
+        is_checkpoint = directory != Path(self.args.output_dir)
+        save_adapter(self.model, directory, exact_offsets=is_checkpoint)
         self.processing_class.save_pretrained(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

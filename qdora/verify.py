@@ -36,13 +36,22 @@ class Comparison:
     same_tokens: int
     """Greedy tokens that agree, until the first that does not."""
     greedy_tokens: int
+    gaps_at_divergence: tuple[float, ...]
+    """For each prompt whose greedy answers part: by how much the merged model prefers its token to the adapter's, in
+    logits. A value near 0 is a tie that rounding decided."""
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"verified on {self.prompts} prompts in fp32: largest logit difference "
             f"{self.largest_logit_difference:.4f}, KL {self.kl_per_token:.2e} a token, "
             f"{self.same_tokens} of {self.greedy_tokens} greedy tokens the same"
         )
+        if self.gaps_at_divergence:
+            gap = max(self.gaps_at_divergence)
+            text += (
+                f"; {len(self.gaps_at_divergence)} answers part, where the tokens are {gap:.3f} logits apart or less"
+            )
+        return text
 
 
 def compare(
@@ -63,14 +72,18 @@ def compare(
     theirs = _answers(plain, ids, new_tokens)
     kl = difference = 0.0
     positions = same = total = 0
-    for (p_logits, p_tokens), (q_logits, q_tokens) in zip(ours, theirs, strict=True):
+    gaps = []
+    for prompt, (p_logits, p_tokens), (q_logits, q_tokens) in zip(ids, ours, theirs, strict=True):
         p, q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
         positions += len(p)
         difference = max(difference, float((p_logits - q_logits).abs().max()))
-        same += _common_prefix(p_tokens, q_tokens)
+        common = _common_prefix(p_tokens, q_tokens)
+        same += common
         total += max(len(p_tokens), len(q_tokens))
-    return Comparison(len(ids), difference, kl / positions, same, total)
+        if common < min(len(p_tokens), len(q_tokens)):
+            gaps.append(_gap(plain, prompt, q_tokens[:common], q_tokens[common], p_tokens[common]))
+    return Comparison(len(ids), difference, kl / positions, same, total, tuple(gaps))
 
 
 def fits_in_memory(reader: ShardReader, linears: Linears) -> bool:
@@ -93,6 +106,14 @@ def _answers(model: Any, prompts: Sequence[Tensor], new_tokens: int) -> list[tup
         )
         answers.append((logits, tokens[0, ids.shape[1] :].tolist()))
     return answers
+
+
+@torch.no_grad()
+def _gap(model: Any, prompt: Tensor, answer: Sequence[int], chosen: int, other: int) -> float:
+    """By how many logits the model prefers one token to another after the prompt and the beginning of its answer."""
+    ids = torch.cat([prompt, torch.tensor([answer], dtype=prompt.dtype)], dim=1).to(model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+    return float(logits[chosen] - logits[other])
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

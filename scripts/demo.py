@@ -52,7 +52,6 @@ def main() -> None:
         lr_scheduler_type="cosine",
         warmup_steps=10,
         max_length=256,
-        train_sampling_strategy="group_by_length",
         # A model this small has room for its activations; on a large one leave checkpointing on.
         gradient_checkpointing=False,
         logging_steps=10,

@@ -108,6 +108,18 @@ def test_round_trip_keeps_every_bit_with_offsets(tiny_nf4: Path, tmp_path: Path)
         assert torch.allclose(magnitude, layer.magnitude(), rtol=1e-6, atol=0)
 
 
+def test_offsets_that_contradict_the_adapter_are_not_believed(tiny_nf4: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4))
+    disturb(model)
+    qdora.save_adapter(model, tmp_path, exact_offsets=True)
+    stale = (tmp_path / OFFSETS_FILE).read_bytes()
+    disturb(model, seed=1)
+    qdora.save_adapter(model, tmp_path)
+    assert not (tmp_path / OFFSETS_FILE).exists()
+    (tmp_path / OFFSETS_FILE).write_bytes(stale)
+    assert distance(logits(qdora.load_model(tiny_nf4, adapter=tmp_path)), logits(model)) < 1e-2
+
+
 def test_loading_into_a_model_that_has_run(tiny_nf4: Path, tiny_adapter: Path) -> None:
     model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, alpha=8))
     fresh = logits(model)

@@ -147,3 +147,6 @@ def test_the_comparison_sees_a_difference(tiny_nf4: Path, tiny_adapter: Path, tm
     comparison = compare(tiny_nf4, tiny_adapter, tmp_path / "out")
     assert comparison.kl_per_token > 1e-2
     assert comparison.same_tokens < comparison.greedy_tokens
+    assert comparison.gaps_at_divergence
+    assert all(gap > 0 for gap in comparison.gaps_at_divergence)
+    assert "answers part" in str(comparison)

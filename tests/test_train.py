@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import qdora
-from qdora import ConfigError, DataError
+from qdora import ConfigError, DataError, NumericsError
 from qdora.inject import adapted_linears
 from qdora.train import train_from_arguments
 
@@ -128,6 +128,12 @@ def test_the_config_file_and_the_flags_are_one(tiny_nf4: Path, pairs_file: Path,
     report = train_from_arguments([str(config), "--max_steps", "2", "--save_strategy=no"])
     assert (report.output_dir, report.steps) == (tmp_path / "a", 2)
     assert qdora.train(config, max_steps=1, output_dir=str(tmp_path / "b"), save_strategy="no").steps == 1
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(NumericsError, match="stopped being finite"):
+        quick(tiny_nf4, pairs_file, tmp_path, max_steps=4, learning_rate=1e38, save_strategy="no", max_grad_norm=0)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_nothing_is_written_when_the_input_is_wrong(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""The README's commands, run as they are written, on tiny stand-ins under the names that the README uses."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qdora.arguments import parse_train
+from qdora.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+NOTE = '{"messages": [{"role": "user", "content": "Taxi, 12 euros"}, {"role": "assistant", "content": "{}"}]}\n'
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
+    (tmp_path / "notes.jsonl").write_text(NOTE * 8)
+    return tmp_path
+
+
+def test_the_commands(place: Path) -> None:
+    configs = blocks("yaml")
+    assert len(configs) == 1
+    (place / "notes.yaml").write_text(configs[0])
+    parse_train([str(place / "notes.yaml")])
+    commands = [
+        line
+        for block in blocks("bash")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line and not line.startswith("#")
+    ]
+    verbs = [shlex.split(line)[1:] for line in commands if line.startswith("qdora ")]
+    assert [verb[0] for verb in verbs] == ["quantize", "train", "train", "merge"]
+    for verb in verbs:
+        if verb[0] == "train":
+            shutil.rmtree(place / "adapter", ignore_errors=True)
+        assert main(verb) == 0, verb
+    assert (place / "merged" / "config.json").is_file()
+    for line in commands:
+        if line.startswith("scripts/"):
+            script = ROOT / shlex.split(line)[0]
+            assert os.access(script, os.X_OK), script
+
+
+def test_the_python(place: Path) -> None:
+    (program,) = blocks("python")
+    exec(compile(program, "README.md", "exec"), {})
+    assert (place / "merged-too" / "config.json").is_file()
+
+
+def test_the_scripted_pipeline(place: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = ROOT / "scripts" / "quantize_then_train.sh"
+    command = [script, "HuggingFaceTB/SmolLM2-135M-Instruct", "notes.jsonl", "out", "--max_steps", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (place / "out").iterdir()} == {"base-nf4", "adapter", "merged"}
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert again.stdout == "merged model in out/merged\n"
+    assert subprocess.run([script], capture_output=True, check=False).returncode == 2
