@@ -22,8 +22,7 @@ __all__ = ["adapted_linears", "adapters_disabled", "attach", "freeze_packed", "l
 
 def linear_paths(model: nn.Module) -> list[str]:
     """Paths of the linears that may carry an adapter: every one but the output head."""
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
+    head = _head_of(model)
     return [path for path, module in model.named_modules() if _is_linear(module) and module is not head]
 
 
@@ -41,12 +40,16 @@ def adapted_linears(model: nn.Module) -> dict[str, DoRALinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, DoRALinear)}
 
 
-def freeze_packed(model: nn.Module) -> None:
-    """Replace each of bitsandbytes' 4-bit linears by a `FrozenLinear` over the same memory, in place."""
+def freeze_packed(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace each of bitsandbytes' 4-bit linears by a `FrozenLinear` over the same memory, in place.
+
+    A head that somebody quantized becomes an ordinary linear of `dtype`: losses and generation read its weight.
+    """
+    head = _head_of(model)
     for path, module in list(model.named_modules()):
         if is_packed_linear(module):
             base, bias = _base_of(module)
-            model.set_submodule(path, FrozenLinear(base, bias))
+            model.set_submodule(path, _dense_linear(base, bias, dtype) if module is head else FrozenLinear(base, bias))
 
 
 def attach(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -95,6 +98,20 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+
+
+def _head_of(model: nn.Module) -> Any:
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    return get_head() if get_head is not None else None
+
+
+def _dense_linear(base: BaseWeight, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(base.in_features, base.out_features, bias=bias is not None)
+    linear.weight = nn.Parameter(base.dequantize(dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return linear
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -117,19 +117,23 @@ def _merged(key: str, reader: ShardReader, linears: Linears, file: AdapterFile, 
     """One tensor of the output, in fp32 if arithmetic was needed, else as it was."""
     path = linears.find(key)
     tensor = reader.get(key)
-    if path is None:
-        return tensor
-    transposed = linears.transposed[path]
     states = [part for part in reader if part.startswith(f"{key}.") and is_nf4_key(part)]
+    if path is None:  # the head may be packed too, by another tool than ours
+        return NF4Weight.from_tensors(_parts(key, tensor, states, reader)).dequantize() if states else tensor
+    transposed = linears.transposed[path]
     weight: NF4Weight | DenseWeight
     if states:
-        weight = NF4Weight.from_tensors({"": tensor} | {part[len(key) + 1 :]: reader.get(part) for part in states})
+        weight = NF4Weight.from_tensors(_parts(key, tensor, states, reader))
     else:
         matrix = tensor.t().contiguous() if transposed else tensor
         through_nf4 &= linears.quantizes(path)
         weight = NF4Weight.from_tensors(quantize_nf4(matrix.bfloat16())) if through_nf4 else DenseWeight(matrix)
     merged = merged_weight(weight, file.linears.get(path))
     return merged.t() if transposed else merged
+
+
+def _parts(key: str, packed: Tensor, states: list[str], reader: ShardReader) -> dict[str, Tensor]:
+    return {"": packed} | {part[len(key) + 1 :]: reader.get(part) for part in states}
 
 
 def merged_weight(weight: NF4Weight | DenseWeight, adapter: LinearAdapter | None) -> Tensor:

@@ -86,7 +86,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-    freeze_packed(model)
+    freeze_packed(model, compute_dtype(dtype))
     _take_off_marks(model)
     _cast_parameters(model, compute_dtype(dtype))
     model.requires_grad_(False)

@@ -16,6 +16,7 @@ from typing import Any
 
 import demo_data
 import torch
+from transformers import AutoModelForCausalLM
 
 import qdora
 
@@ -65,12 +66,12 @@ def main() -> None:
 
     print("\n3. merge")
     print(qdora.merge(out / "base-nf4", out / "adapter", out / "merged", overwrite=True))
-    merged = qdora.load_model(out / "merged", load_in_4bit=False)
-    table.append(("after merging (plain fp16)", score(merged, out, eval_rows)))
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
+    table.append(("after merging (fp16, transformers)", score(merged, out, eval_rows)))
 
     print(f"\nexact match on {len(eval_rows)} held-out notes")
     for name, share in table:
-        print(f"  {name:<32} {100 * share:5.1f} %")
+        print(f"  {name:<36} {100 * share:5.1f} %")
     print(f"loss picture: {out / 'adapter' / 'loss.png'}\n{time.perf_counter() - started:.0f} seconds in all")
 
 

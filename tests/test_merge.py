@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, NumericsError
@@ -15,7 +15,7 @@ from qdora.checkpoint import read_adapter
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
 from qdora.verify import compare
-from tests.conftest import disturb, make_model
+from tests.conftest import disturb, make_model, make_tokenizer
 from tests.reference import dora as reference
 from tests.test_quantize import make_gpt2
 
@@ -68,6 +68,22 @@ def test_bfloat16_and_an_untied_head(tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert plain.dtype == torch.bfloat16
     assert plain.lm_head.weight is not plain.model.embed_tokens.weight
+
+
+def test_a_head_that_another_tool_packed(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "m", tie=False)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["none"])
+    packed = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
+    packed.save_pretrained(tmp_path / "nf4")
+    make_tokenizer().save_pretrained(tmp_path / "nf4")
+    assert ShardReader(tmp_path / "nf4").get("lm_head.weight").dtype == torch.uint8
+    model = qdora.load_model(tmp_path / "nf4", adapter=AdapterConfig(rank=4))
+    disturb(model)
+    assert isinstance(model.lm_head, torch.nn.Linear)
+    qdora.save_adapter(model, tmp_path / "adapter")
+    report = qdora.merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "out")
+    assert report.comparison is not None
+    assert report.comparison.kl_per_token < 1e-4
 
 
 def test_gpt2_keeps_its_orientation(tmp_path: Path) -> None:
