@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
             # TRL's own default sets a flag by the name that transformers is about to change.
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
             run, training = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError(f"these training flags do not fit together: {str(error).splitlines()[0]}") from None
     return run, training
 
@@ -127,6 +128,8 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
         if value is None:
             continue
         flags.append(f"--{name}")
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # which YAML reads as false
         if isinstance(value, list | tuple):
             flags += [_plain(item) for item in value]
         else:
@@ -137,8 +140,8 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
 def adapter_config(run: RunArguments) -> AdapterConfig:
     """The adapter that the flags describe."""
     targets = run.lora_target_modules
-    # One name that is not a plain one is a regular expression, as in PEFT.
-    single = len(targets) == 1 and (targets[0] == ALL_LINEAR or not targets[0].replace("_", "").isalnum())
+    # One that is not a plain or dotted name is a regular expression, as in PEFT.
+    single = len(targets) == 1 and (targets[0] == ALL_LINEAR or not re.fullmatch(r"[\w.]+", targets[0]))
     return AdapterConfig(
         rank=run.lora_r,
         alpha=run.lora_alpha,

@@ -25,7 +25,7 @@ from qdora.config import ALL_LINEAR, AdapterConfig
 from qdora.dora import DoRALinear
 from qdora.errors import CheckpointError, ConfigError
 from qdora.inject import adapted_linears, attach, linear_paths, linear_shape
-from qdora.nf4 import NF4Weight
+from qdora.nf4 import BLOCKSIZE, NF4Weight
 from qdora.output import write_json
 
 __all__ = ["AdapterFile", "LinearAdapter", "load_adapter", "read_adapter", "save_adapter"]
@@ -40,7 +40,24 @@ _PARTS = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",  # PEFT before 0.10
 }
-_UNSUPPORTED = ("modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias")
+# What changes the forward in ways DoRALinear has not.
+_UNSUPPORTED = (
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+    "arrow_config",
+    "layer_replication",
+)
+# Initializations that leave the base weights as they are; others (PiSSA, OLoRA, CorDA, LoftQ, …) subtract the adapter
+# from the base, and the adapter means nothing on the base itself.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -77,8 +94,9 @@ class AdapterFile:
     """By the path of the linear in the model."""
     base_model: str | None
     """What the adapter says it was trained on."""
-    base_is_nf4: bool | None
-    """Whether that base was NF4; None if the file does not say (PEFT's do not)."""
+    base_kind: str | None
+    """What that base was: `dense`; `nf4`, as `quantize` makes it unless told otherwise; or `nf4-custom`. None if the
+    file does not say (PEFT's do not)."""
 
 
 def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False) -> None:
@@ -103,8 +121,7 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False)
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
         if layer.use_dora:
             tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = layer.magnitude().cpu()
-    is_nf4 = all(isinstance(layer.base, NF4Weight) for layer in layers.values())
-    metadata = {"format": "pt", "qdora_base": "nf4" if is_nf4 else "dense"}
+    metadata = {"format": "pt", "qdora_base": _kind_of_base(model)}
     targets = _target_names(config, list(layers), linear_paths(model))
     (directory / OFFSETS_FILE).unlink(missing_ok=True)  # an earlier adapter's
     _replace_file(directory / WEIGHTS_FILE, tensors, metadata)
@@ -162,8 +179,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     }
     in_bf16 = all(linear.A.dtype == torch.bfloat16 for linear in linears.values())
     config = replace(config, dtype="bfloat16" if in_bf16 else "float32")
-    base = {"nf4": True, "dense": False}.get(metadata.get("qdora_base", ""))
-    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), base)
+    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), metadata.get("qdora_base"))
 
 
 def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, Tensor]]:
@@ -207,6 +223,11 @@ def _check_fits(adapter: AdapterFile, model: nn.Module) -> None:
         module: Any = model.get_submodule(name)
         if isinstance(module, DoRALinear) and linear.A.shape[0] != module.rank:
             raise CheckpointError(f"{name} has rank {module.rank} here and {linear.A.shape[0]} in the adapter")
+        if isinstance(module, DoRALinear) and module.scaling != linear.scaling:
+            raise CheckpointError(
+                f"{name} is scaled by {module.scaling:g} here and by {linear.scaling:g} in the adapter; "
+                "keep the rank, alpha and rsLoRA that the adapter was trained with"
+            )
         out_features, in_features = linear_shape(module)
         linear.check_shape(name, out_features, in_features, adapter.base_model)
 
@@ -215,7 +236,6 @@ def _check_fits(adapter: AdapterFile, model: nn.Module) -> None:
 def _copy_into(layer: DoRALinear, adapter: LinearAdapter, offset: Tensor | None, name: str) -> None:
     if layer.use_dora != (adapter.magnitude is not None):
         raise CheckpointError(f"{name}: one of model and adapter has a magnitude and the other has none")
-    layer.scaling = adapter.scaling
     layer.lora_A.copy_(adapter.A)
     layer.lora_B.copy_(adapter.B)
     if layer.magnitude_offset is not None and adapter.magnitude is not None:
@@ -225,6 +245,15 @@ def _copy_into(layer: DoRALinear, adapter: LinearAdapter, offset: Tensor | None,
         agrees = offset is not None and torch.allclose(offset.to(from_file), from_file, rtol=2**-7, atol=rounding)
         layer.magnitude_offset.copy_(offset if agrees and offset is not None else from_file)
     layer.refresh()
+
+
+def _kind_of_base(model: nn.Module) -> str:
+    bases: list[Any] = [getattr(model.get_submodule(path), "base", None) for path in linear_paths(model)]
+    packed = [isinstance(base, NF4Weight) for base in bases]
+    if not any(packed):
+        return "dense"
+    usual = all(packed) and all(base.nested_absmax is not None and base.blocksize == BLOCKSIZE for base in bases)
+    return "nf4" if usual and getattr(model.config, "dtype", None) == torch.bfloat16 else "nf4-custom"
 
 
 def _read_offsets(directory: Path) -> dict[str, Tensor]:
@@ -278,6 +307,8 @@ def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
         found = raw.get("peft_type")
         raise CheckpointError(f"{directory} is a {found!r} adapter; only LORA (with or without DoRA) fits")
     unsupported = [name for name in _UNSUPPORTED if raw.get(name)]
+    if not any(raw.get("init_lora_weights") is init or raw.get("init_lora_weights") == init for init in _PLAIN_INITS):
+        unsupported.append(f"init_lora_weights={raw['init_lora_weights']!r}")
     if raw.get("bias", "none") != "none":
         unsupported.append("bias")
     if unsupported:
@@ -294,14 +325,14 @@ def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
         )
-    except (KeyError, TypeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         raise CheckpointError(f"{directory / CONFIG_FILE} is not a LoRA config: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")

@@ -54,7 +54,7 @@ class AdapterConfig:
             if not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"rank must be a whole number of at least 1, found {name}={rank!r}")
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            if not (math.isfinite(alpha) and alpha > 0):
+            if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
                 raise ConfigError(f"alpha must be a positive number, found {name}={alpha!r}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), found {self.dropout!r}")

@@ -59,6 +59,8 @@ class Rendered:
     """Spans of characters that carry loss."""
     whole: bool
     """Already complete with its special tokens (a chat template's output); otherwise BOS and EOS are added."""
+    hidden: int = 0
+    """Assistant turns that carry no loss, because the template renders them otherwise once others follow."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class EncodedData:
     """Rows whose answer lost its end to `max_length`."""
     dropped: int
     """Rows left out, because no answer was in them or within `max_length`."""
+    hidden: int = 0
+    """Assistant turns without loss, see `Rendered`."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -92,6 +96,8 @@ class EncodedData:
         )
         if self.cut:
             text += f"; {self.cut} answers cut at max_length"
+        if self.hidden:
+            text += f"; {self.hidden} earlier answers without loss (the chat template rewrites them when others follow)"
         if self.dropped:
             text += f"; {self.dropped} rows without an answer (within max_length) left out"
         return text
@@ -137,8 +143,10 @@ def recognize(rows: Sequence[Row], source: str | Path) -> str:
     raise DataError(f"{source} has the columns {', '.join(columns)}, which is no known layout ({known})")
 
 
-def render(row: Row, number: int, layout: str, tokenizer: Any, source: str | Path) -> Rendered:
-    """One row as text, with its answers marked.
+def render(
+    row: Row, number: int, layout: str, tokenizer: Any, source: str | Path, loss_on_all: bool = False
+) -> Rendered:
+    """One row as text, with its answers marked; with `loss_on_all`, as one answer.
 
     Raises:
         DataError: a field is missing or of the wrong type; the row is named by its number.
@@ -149,12 +157,14 @@ def render(row: Row, number: int, layout: str, tokenizer: Any, source: str | Pat
         return Rendered(text, ((0, len(text)),), whole=False)
     if layout == _PAIR and not isinstance(row.get("prompt"), list):
         prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
-        return Rendered(prompt + completion, ((len(prompt), len(prompt) + len(completion)),), whole=False)
+        begin = 0 if loss_on_all else len(prompt)
+        return Rendered(prompt + completion, ((begin, len(prompt) + len(completion)),), whole=False)
+    first_answer = 0
     if layout == _PAIR:
         prompt_messages = _messages(row, "prompt", "role", "content", where)
         messages = [*prompt_messages, *_messages(row, "completion", "role", "content", where)]
-        return _render_chat(messages, len(prompt_messages), tokenizer, where)
-    if layout == _ALPACA:
+        first_answer = len(prompt_messages)
+    elif layout == _ALPACA:
         question = _text(row, "instruction", where)
         if row.get("input"):
             question += "\n\n" + _text(row, "input", where)
@@ -164,7 +174,11 @@ def render(row: Row, number: int, layout: str, tokenizer: Any, source: str | Pat
         messages = _messages(row, "conversations", "from", "value", where)
     else:
         messages = _messages(row, "messages", "role", "content", where)
-    return _render_chat(messages, 0, tokenizer, where)
+    template = _Template(tokenizer, _tools(row, where), where)
+    if loss_on_all:
+        text = template(messages)
+        return Rendered(text, ((0, len(text)),), whole=True)
+    return _mark_answers(messages, first_answer, template, where)
 
 
 def encode(
@@ -190,14 +204,15 @@ def encode(
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("the tokenizer has no fast version, and answers are found by its offsets")
     layout = recognize(rows, source)
-    all_ids, all_labels, cut, dropped = [], [], 0, 0
+    all_ids, all_labels, cut, dropped, hidden = [], [], 0, 0, 0
     for number, row in enumerate(progress(rows), 1):
-        rendered = render(row, number, layout, tokenizer, source)
+        rendered = render(row, number, layout, tokenizer, source, loss_on_all)
         ids, has_loss = _tokenize(rendered, tokenizer, loss_on_all)
         length = len(ids) if max_length is None else min(max_length, len(ids))
-        if not any(has_loss[:length]):
+        if not any(has_loss[1:length]):  # nothing comes before the first token that could predict it
             dropped += 1
             continue
+        hidden += rendered.hidden
         cut += any(has_loss[length:])
         all_ids.append(ids[:length])
         all_labels.append([i if loss else IGNORED for i, loss in zip(ids[:length], has_loss, strict=False)])
@@ -207,7 +222,7 @@ def encode(
             + (f" within max_length={max_length}" if max_length is not None else "")
             + "; every label would be masked"
         )
-    return EncodedData(all_ids, all_labels, layout, cut, dropped)
+    return EncodedData(all_ids, all_labels, layout, cut, dropped, hidden)
 
 
 def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool) -> tuple[list[int], list[bool]]:
@@ -221,41 +236,71 @@ def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool) -> tuple[li
             any(end > start and end > first and start < last for first, last in rendered.answers)
             for start, end in offsets
         ]
-    if not rendered.whole and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-        has_loss.append(True)
+    if not rendered.whole and tokenizer.eos_token_id is not None:
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+            has_loss.append(True)
+        has_loss[-1] = True  # also where the tokenizer added it: an answer ends
     return ids, has_loss
 
 
-def _render_chat(messages: list[Row], first_answer: int, tokenizer: Any, where: str) -> Rendered:
-    def template(part: list[Row], ask: bool = False) -> str:
-        return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=ask) if part else ""
+class _Template:
+    """A tokenizer's chat template over some tools, with errors that name the row."""
 
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{where}: a chat, but the model's tokenizer has no chat template; give one with --chat_template_path, "
-            "or use the prompt/completion or text layout"
-        )
-    try:
-        text = template(messages)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant" or i < first_answer:
-                continue
-            before, after = template(messages[:i], ask=True), template(messages[: i + 1])
-            if text.startswith(after) and after.startswith(before):
-                spans.append((len(before), len(after.rstrip())))
-            elif i == len(messages) - 1:
-                raise DataError(
-                    f"{where}: the chat template renders this chat in a way that hides where the answer begins; "
-                    "train on everything with --completion_only_loss false, or use the prompt/completion layout"
-                )
-    except DataError:
-        raise
-    except Exception as error:
-        # jinja raises its own errors, and templates raise what they like
-        raise DataError(f"{where}: the chat template refuses this chat: {error}") from None
-    return Rendered(text, tuple(spans), whole=True)
+    def __init__(self, tokenizer: Any, tools: list[Any] | None, where: str) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"{where}: a chat, but the model's tokenizer has no chat template; give one with --chat_template_path, "
+                "or use the prompt/completion or text layout"
+            )
+        self.tokenizer, self.tools, self.where = tokenizer, tools, where
+
+    def __call__(self, messages: list[Row], ask: bool = False) -> str:
+        if not messages:
+            return ""
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=self.tools, tokenize=False, add_generation_prompt=ask
+            )
+        except Exception as error:
+            # jinja raises its own errors, and templates raise what they like
+            raise DataError(f"{self.where}: the chat template refuses this chat: {error}") from None
+
+
+def _mark_answers(messages: list[Row], first_answer: int, template: _Template, where: str) -> Rendered:
+    """An answer is what the chat gains between the request for it and its end.
+
+    Some templates render an earlier turn otherwise once others follow (they take out its reasoning); such a turn has no
+    place in the text and is counted. If that is so of the last, nothing could be learned.
+    """
+    text = template(messages)
+    spans, hidden = [], 0
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or i < first_answer:
+            continue
+        before, after = template(messages[:i], ask=True), template(messages[: i + 1])
+        if text.startswith(after) and after.startswith(before):
+            spans.append((len(before), len(after.rstrip())))
+        elif i == len(messages) - 1:
+            raise DataError(
+                f"{where}: the chat template renders this chat in a way that hides where the answer begins; "
+                "train on everything with --completion_only_loss false, or use the prompt/completion layout"
+            )
+        else:
+            hidden += 1
+    return Rendered(text, tuple(spans), whole=True, hidden=hidden)
+
+
+def _tools(row: Row, where: str) -> list[Any] | None:
+    """The functions that the model may call, as the template wants them: a list of JSON schemas."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        tools = _parsed(tools, f"{where}, tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise DataError(f"{where}: the field 'tools' must be a list, found {type(tools).__name__}")
+    return tools
 
 
 def _text(row: Row, column: str, where: str) -> str:
@@ -264,6 +309,8 @@ def _text(row: Row, column: str, where: str) -> str:
         raise DataError(f"{where}: the field {column!r} is missing")
     if not isinstance(value, str):
         raise DataError(f"{where}: the field {column!r} must be text, found {type(value).__name__}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{where}: the field {column!r} holds half of a surrogate pair, which is no character")
     return value
 
 
@@ -273,15 +320,19 @@ def _messages(row: Row, column: str, role_key: str, content_key: str, where: str
         raise DataError(f"{where}: the field {column!r} is missing")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise DataError(f"{where}: {column!r} must be a list of messages, each with {role_key!r} and {content_key!r}")
-    messages = []
-    for turn in turns:
-        role, content = _text(turn, role_key, where), _text(turn, content_key, where)
-        if role_key == "from":
-            if role not in _SHAREGPT_ROLES:
-                raise DataError(f"{where}: unknown speaker {role!r}; known are {', '.join(_SHAREGPT_ROLES)}")
-            role = _SHAREGPT_ROLES[role]
-        messages.append({"role": role, "content": content})
-    return messages
+    return [_message(turn, role_key, content_key, where) for turn in turns]
+
+
+def _message(turn: Row, role_key: str, content_key: str, where: str) -> Row:
+    """One turn by the names that templates know; what else it has (tool_calls, name, …) stays."""
+    role = _text(turn, role_key, where)
+    if role_key == "from":
+        if role not in _SHAREGPT_ROLES:
+            raise DataError(f"{where}: unknown speaker {role!r}; known are {', '.join(_SHAREGPT_ROLES)}")
+        role = _SHAREGPT_ROLES[role]
+    others = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
+    without_words = bool(others.get("tool_calls")) and turn.get(content_key) is None
+    return {**others, "role": role, "content": "" if without_words else _text(turn, content_key, where)}
 
 
 def _read_jsonl(path: Path) -> list[Row]:
@@ -297,31 +348,37 @@ def _read_json(path: Path) -> list[Row]:
     text = path.read_text(encoding="utf-8")
     if text.lstrip()[:1] == "{":
         return _read_jsonl(path)
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
+    rows = _parsed(text, str(path))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} must be a JSON list of objects, one a row")
     return rows
 
 
 def _parse(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error})") from None
+    row = _parsed(line, where)
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row
 
 
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error})") from None
+
+
 def _read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
+    csv.field_size_limit(2**31 - 1)  # a document may well stand in one field
+    with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            return list(csv.DictReader(file, strict=True))
+            rows = list(csv.DictReader(file, strict=True))
         except csv.Error as error:
             raise DataError(f"{path} is not valid CSV: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise DataError(f"{path}, row {number}: more fields than the header has; put text with commas in quotes")
+    return rows
 
 
 def _read_parquet(path: Path) -> list[Row]:

@@ -10,7 +10,7 @@ Every message says what was wrong, what was found and what to do. Anything else 
 keeps its traceback.
 """
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "NumericsError", "QDoRAError"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "NumericsError", "QDoRAError", "reason"]
 
 
 class QDoRAError(Exception):
@@ -31,3 +31,9 @@ class DataError(QDoRAError):
 
 class NumericsError(QDoRAError):
     """A number came out that must not be trusted."""
+
+
+def reason(error: BaseException) -> str:
+    """What another library's error says, on one line, to be quoted in one of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"

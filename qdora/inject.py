@@ -14,7 +14,7 @@ from qdora.base import BaseWeight
 from qdora.config import AdapterConfig
 from qdora.dense import DenseWeight
 from qdora.dora import DoRALinear, FrozenLinear
-from qdora.errors import ConfigError
+from qdora.errors import CheckpointError, ConfigError
 from qdora.nf4 import NF4Weight, is_packed_linear
 
 __all__ = ["adapted_linears", "adapters_disabled", "attach", "freeze_packed", "linear_paths", "linear_shape"]
@@ -44,11 +44,17 @@ def freeze_packed(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace each of bitsandbytes' 4-bit linears by a `FrozenLinear` over the same memory, in place.
 
     A head that somebody quantized becomes an ordinary linear of `dtype`: losses and generation read its weight.
+
+    Raises:
+        CheckpointError: a weight has another shape than its module; neither transformers nor bitsandbytes looks.
     """
     head = _head_of(model)
     for path, module in list(model.named_modules()):
         if is_packed_linear(module):
             base, bias = _base_of(module)
+            expected, found = linear_shape(module), (base.out_features, base.in_features)
+            if found != expected:
+                raise CheckpointError(f"the weight of {path} is {found}, and {expected} by config.json")
             model.set_submodule(path, _dense_linear(base, bias, dtype) if module is head else FrozenLinear(base, bias))
 
 

@@ -25,7 +25,15 @@ from qdora.checkpoint import AdapterFile, LinearAdapter, read_adapter
 from qdora.dense import DenseWeight
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError, NumericsError
-from qdora.model import Linears, compute_dtype, copy_side_files, is_nf4_checkpoint, local_model, model_linears
+from qdora.model import (
+    Linears,
+    compute_dtype,
+    copy_side_files,
+    is_nf4_checkpoint,
+    load_tokenizer,
+    local_model,
+    model_linears,
+)
 from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4
 from qdora.output import check_output, new_directory, write_json
 from qdora.shards import ShardReader, ShardWriter, format_bytes, parse_size
@@ -47,14 +55,16 @@ class MergeReport:
     merged_linears: int
     bytes_written: int
     comparison: Comparison | None
-    """Adapter against merged model; None if it was not asked for or the model does not fit in memory."""
+    """Adapter against merged model; None if they were not compared."""
+    not_compared: str = ""
+    """Why they were not."""
 
     def __str__(self) -> str:
         text = (
             f"{self.merged_linears} linears merged onto the {self.base} base, {format_bytes(self.bytes_written)} "
             f"of {self.dtype} in {self.out}"
         )
-        return text if self.comparison is None else f"{text}\n{self.comparison}"
+        return f"{text}\n{self.comparison or f'not verified: {self.not_compared}'}"
 
 
 def merge(
@@ -75,19 +85,21 @@ def merge(
         base: the NF4 checkpoint that was trained on, or a 16-bit model.
         adapter: an adapter directory, ours or PEFT's.
         dtype: of the output: `float16` or `bfloat16`. The arithmetic is fp32.
-        verify: compare the adapter with the result on a few prompts, in fp32; by default if the model fits in memory.
+        verify: compare the adapter with the result on a few prompts, in fp32 on the CPU; by default if the model fits
+            in memory. A result that fails it is not written.
         onto_original: with a 16-bit base, keep its weights as they are even if the adapter was trained on NF4.
         overwrite: replace `out` if it holds something.
 
     Raises:
         CheckpointError: base or adapter is missing, damaged, or they do not belong together.
-        NumericsError: a merged tensor is not finite in `dtype`; it is named.
+        NumericsError: a merged tensor is not finite in `dtype` (it is named), or the merged model answers otherwise
+            than the adapter.
     """
-    out_dtype, shard_bytes = compute_dtype(dtype), parse_size(max_shard_size)
-    check_output(out, overwrite)
+    out_dtype, shard_bytes = compute_dtype(dtype, sixteen_bit=True), parse_size(max_shard_size)
+    check_output(out, overwrite, [base, adapter])
     source, file = local_model(base), read_adapter(adapter)
-    packed = is_nf4_checkpoint(source)
-    through_nf4 = not packed and bool(file.base_is_nf4) and not onto_original
+    packed = is_nf4_checkpoint(source, trust_remote_code)
+    through_nf4 = not packed and not onto_original and _was_nf4(file, base)
     reader, linears = ShardReader(source), model_linears(source, (), trust_remote_code)
     _check_belongs(file, linears, reader)
     with new_directory(out, overwrite) as directory:
@@ -107,10 +119,38 @@ def merge(
         _write_config(source, directory, dtype)
         copy_side_files(source, directory)
         # The comparison comes before the result gets its name: what fails it is not left behind as a success.
-        if verify or (verify is None and not onto_original and fits_in_memory(reader, linears)):
-            report.comparison = compare(source, adapter, directory, trust_remote_code)
+        report.not_compared = _reason_against(verify, fits_in_memory(reader, linears), directory, trust_remote_code)
+        if not report.not_compared:
+            report.comparison = compare(
+                source, adapter, directory, load_in_4bit=packed or through_nf4, trust_remote_code=trust_remote_code
+            )
+            report.comparison.check(out)
         _write_record(directory, report, base, adapter)
     return report
+
+
+def _was_nf4(file: AdapterFile, base: str | Path) -> bool:
+    if file.base_kind == "nf4-custom":
+        raise CheckpointError(
+            f"the adapter was trained on NF4 weights that were not quantized in the usual way, and {base} is 16-bit; "
+            f"name the NF4 checkpoint it was trained on ({file.base_model}), or pass --onto_original"
+        )
+    return file.base_kind == "nf4"
+
+
+def _reason_against(verify: bool | None, fits: bool, directory: Path, trust_remote_code: bool) -> str:
+    """Why not to compare; empty if nothing speaks against it."""
+    if verify is False:
+        return "not asked for"
+    if verify is None and not fits:
+        return "the model does not fit in memory in fp32; --verify insists"
+    try:
+        load_tokenizer(directory, trust_remote_code)
+    except CheckpointError as error:
+        if verify:
+            raise
+        return str(error)
+    return ""
 
 
 def _merged(key: str, reader: ShardReader, linears: Linears, file: AdapterFile, through_nf4: bool) -> Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -33,7 +34,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qdora import checkpoint
 from qdora.config import AdapterConfig
-from qdora.errors import CheckpointError, ConfigError
+from qdora.errors import CheckpointError, ConfigError, reason
 from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
 from qdora.shards import INDEX_FILE, ShardReader
 
@@ -41,7 +42,7 @@ __all__ = ["Linears", "compute_dtype", "load_model", "load_tokenizer", "local_mo
 
 _logger = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 _NOT_COPIED = (INDEX_FILE, "config.json", "adapter_config.json", "trainer_state.json")
 
 
@@ -74,18 +75,26 @@ def load_model(
     source = local_model(path)
     config = _load_config(source, trust_remote_code)
     packed = _check_quantization(config, source)
-    ShardReader(source)  # finds damage that would otherwise end in a traceback or a half-initialized model
+    ShardReader(source)  # finds damaged files, and says so better than the loading below
     quantization = None if packed or not load_in_4bit else nf4_config(compute_dtype(dtype))
     with _quietly():
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=compute_dtype(dtype),
-            quantization_config=quantization,
-            device_map={"": torch.device(device) if device is not None else PartialState().device},
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=compute_dtype(dtype),
+                quantization_config=quantization,
+                device_map={"": pick_device(device)},
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # a config that contradicts its weights ends in almost any kind of error
+            raise CheckpointError(f"{path} cannot be loaded: {reason(error)}") from None
+    _check_complete(found, path)
     freeze_packed(model, compute_dtype(dtype))
     _take_off_marks(model)
     _cast_parameters(model, compute_dtype(dtype))
@@ -103,12 +112,15 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     """The model's tokenizer.
 
     Raises:
-        CheckpointError: there is none, or it is a slow one without a fast counterpart.
+        CheckpointError: there is none that can be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(local_model(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} has no usable tokenizer: {_first_line(error)}") from None
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # tokenizer files fail in as many ways as there are kinds of tokenizers
+        raise CheckpointError(f"{path} has no usable tokenizer: {reason(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -152,17 +164,28 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
     config = _load_config(directory, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"), _quietly():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"), _quietly():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # a config may be nonsense in more ways than there are kinds of errors
+        raise CheckpointError(f"{directory} is no causal language model: {reason(error)}") from None
     for name in skip_modules:
-        if not any(not should_convert_module(path, [name]) for path, _ in model.named_modules()):
-            raise ConfigError(f"skip_modules names {name!r}, which matches no module of the model")
+        _check_skip(name, model)
     head = model.get_output_embeddings()
     heads = tuple(path for path, module in model.named_modules() if module is head and head is not None)
     linears = {path: model.get_submodule(path) for path in linear_paths(model)}
     transposed = {path: isinstance(linear, Conv1D) for path, linear in linears.items()}
     shapes = {path: linear_shape(linear) for path, linear in linears.items()}
     return Linears(transposed, (*heads, *skip_modules), shapes, model.base_model_prefix)
+
+
+def _check_skip(name: str, model: PreTrainedModel) -> None:
+    try:
+        if all(should_convert_module(path, [name]) for path, _ in model.named_modules()):
+            raise ConfigError(f"skip_modules names {name!r}, which matches no module of the model")
+    except re.error as error:
+        raise ConfigError(f"skip_modules: {name!r} is neither a name nor a regular expression ({error})") from None
 
 
 def nf4_config(
@@ -178,23 +201,40 @@ def nf4_config(
     )
 
 
-def is_nf4_checkpoint(directory: Path) -> bool:
+def is_nf4_checkpoint(directory: Path, trust_remote_code: bool = False) -> bool:
     """Whether the directory holds an NF4 checkpoint rather than a 16-bit model.
 
     Raises:
         CheckpointError: quantized in another way.
     """
-    return _check_quantization(_load_config(directory, trust_remote_code=False), directory)
+    return _check_quantization(_load_config(directory, trust_remote_code), directory)
 
 
-def compute_dtype(name: str) -> torch.dtype:
+def compute_dtype(name: str, sixteen_bit: bool = False) -> torch.dtype:
     """
     Raises:
-        ConfigError: not one of the three.
+        ConfigError: not one of the three, or with `sixteen_bit` of the first two.
     """
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, found {name!r}")
+    known = [dtype for dtype in _DTYPES if not sixteen_bit or dtype != "float32"]
+    if name not in known:
+        raise ConfigError(f"dtype must be one of {', '.join(known)}, found {name!r}")
     return _DTYPES[name]
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the accelerator, if there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if device is None:
+        return PartialState().device
+    try:
+        picked = torch.device(device)
+        torch.empty(1, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"no device {str(device)!r} here: {reason(error)}") from None
+    return picked
 
 
 def local_model(path: str | Path) -> Path:
@@ -219,7 +259,7 @@ def local_model(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", *_SIDE_FILES]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f"no model at {path}: not a directory here, and the Hub gave none ({_first_line(error)})"
+            f"no model at {path}: not a directory here, and the Hub gave none ({reason(error)})"
         ) from None
 
 
@@ -256,7 +296,7 @@ def gguf_to_directory(file: Path, directory: Path, dtype: torch.dtype, max_shard
             tokenizer.save_pretrained(directory)
     except Exception as error:
         # gguf and transformers raise IndexError, struct.error, KeyError and more on a damaged file
-        raise CheckpointError(f"{file} cannot be read as GGUF: {_first_line(error)}") from None
+        raise CheckpointError(f"{file} cannot be read as GGUF: {reason(error)}") from None
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -270,19 +310,31 @@ def copy_side_files(source: Path, target: Path) -> None:
 def _load_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory} has no usable config.json: {_first_line(error)}") from None
+    except Exception as error:
+        # a config may be nonsense in more ways than there are kinds of errors
+        raise CheckpointError(f"{directory} has no usable config.json: {reason(error)}") from None
 
 
 def _check_quantization(config: PretrainedConfig, directory: Path) -> bool:
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return False
-    found = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    found = quantization if isinstance(quantization, dict) else getattr(quantization, "to_dict", dict)()
     if found.get("load_in_4bit") and found.get("bnb_4bit_quant_type") == "nf4":
         return True
     kind = found.get("bnb_4bit_quant_type") if found.get("load_in_4bit") else found.get("quant_method")
     raise CheckpointError(f"{directory} is quantized as {kind!s}; start from its 16-bit original, or from NF4")
+
+
+def _check_complete(found: dict[str, Any], path: str | Path) -> None:
+    """What is not in the checkpoint would have random values, and transformers only warns of it."""
+    missing, mismatched = sorted(map(str, found["missing_keys"])), sorted(map(str, found["mismatched_keys"]))
+    if missing or mismatched:
+        what = f"{len(missing)} weights are missing" if missing else f"{len(mismatched)} weights have another shape"
+        raise CheckpointError(
+            f"{path} does not hold the model of its config.json: {what}, first {(missing or mismatched)[0]}; "
+            "download or write it again"
+        )
 
 
 def _take_off_marks(model: PreTrainedModel) -> None:
@@ -320,11 +372,6 @@ def _quietly() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
 
 
 def trainable_parameters(model: nn.Module) -> int:

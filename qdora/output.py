@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,27 @@ from qdora.errors import ConfigError
 __all__ = ["check_output", "new_directory", "write_json"]
 
 
-def check_output(out: str | Path, overwrite: bool) -> Path:
+def check_output(out: str | Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> Path:
     """The output path, if it may be written; called before any long work.
+
+    Args:
+        overwrite: a model directory that is there may be replaced. Anything else never is.
+        inputs: what the work reads; `out` must be none of it, nor hold any of it.
 
     Raises:
         ConfigError: there is something in the way.
     """
-    path = Path(out)
-    if path.is_file():
-        raise ConfigError(f"the output {path} is a file; name a directory")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise ConfigError(f"the output directory {path} is not empty; choose another or pass --overwrite")
+    path = Path(out).resolve()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"the output {out} is a file; name a directory")
+    for source in inputs:
+        if path == Path(source).resolve() or path in Path(source).resolve().parents:
+            raise ConfigError(f"the output {out} is or holds the input {source}; choose another directory")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise ConfigError(f"the output directory {out} is not empty; choose another or pass --overwrite")
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{out} is no model directory, so --overwrite does not replace it; choose another")
     return path
 
 
@@ -51,13 +61,20 @@ def new_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         yield scratch
         _flush(scratch)
         scratch.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        scratch.rename(path)
-        _flush_one(path.parent)
+        _put_in_place(scratch, path)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _put_in_place(scratch: Path, path: Path) -> None:
+    """The old directory steps aside and goes only when the new one stands, so that a kill never leaves neither."""
+    aside = scratch.with_name(f"{scratch.name}-replaced")
+    if path.exists():
+        path.rename(aside)
+    scratch.rename(path)
+    _flush_one(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

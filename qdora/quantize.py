@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from qdora.model import (
     local_model,
     model_linears,
     nf4_config,
+    pick_device,
 )
 from qdora.nf4 import NF4Weight, quantize_nf4
 from qdora.output import check_output, new_directory, write_json
@@ -99,8 +99,9 @@ def quantize(
         CheckpointError: the model is missing, damaged, quantized already or has no linears.
         ConfigError: an argument is wrong, or `out` is in use.
     """
-    shard_bytes, kept_dtype = parse_size(max_shard_size), compute_dtype(dtype)
-    check_output(out, overwrite)
+    shard_bytes, kept_dtype = parse_size(max_shard_size), compute_dtype(dtype, sixteen_bit=True)
+    target = pick_device(device)
+    check_output(out, overwrite, [model])
     with ExitStack() as stack:
         gguf = find_gguf(model)
         if gguf is not None:
@@ -109,20 +110,18 @@ def quantize(
             source = Path(scratch)
         else:
             source = local_model(model)
-        if is_nf4_checkpoint(source):
+        if is_nf4_checkpoint(source, trust_remote_code):
             raise CheckpointError(f"{model} is in NF4 already; train on it as it is")
         reader = ShardReader(source)
         linears = model_linears(source, tuple(skip_modules), trust_remote_code)
         directory = stack.enter_context(new_directory(out, overwrite))
         report = QuantizeReport(Path(out), bytes_before=reader.total_bytes)
-        target = torch.device(device) if device is not None else PartialState().device
         with ShardWriter(directory, shard_bytes) as writer, _progress(reader) as bar:
             for key in reader:
                 for name, tensor in _convert(key, reader.get(key), linears, kept_dtype, double_quant, target, report):
                     writer.add(name, tensor)
                 bar.update(reader.nbytes(key))
-        if not report.errors:
-            raise CheckpointError(f"{model}: none of its {len(reader.keys())} tensors is a linear of the model")
+        _check_complete(linears, report, model)
         report.bytes_after = writer.total_bytes
         _write_config(source, directory, linears, kept_dtype, double_quant)
         copy_side_files(source, directory)
@@ -147,11 +146,26 @@ def _convert(
             report.kept_linears.append(path)
         return [(key, plain)]
     weight = plain.t().contiguous() if linears.transposed[path] else plain
+    _check_shape(path, weight, linears)
     parts = quantize_nf4(weight, double_quant, device)
     report.quantized_values += weight.numel()
     report.quantized_bytes += sum(part.nbytes for part in parts.values())
     report.errors[path] = _relative_error(weight, NF4Weight.from_tensors(parts))
     return [(f"{key}.{name}" if name else key, part) for name, part in parts.items()]
+
+
+def _check_complete(linears: Linears, report: QuantizeReport, model: str | Path) -> None:
+    missing = sorted(linears.transposed.keys() - report.errors.keys() - set(report.kept_linears))
+    if missing or not report.errors:
+        what = f"{len(missing)} weights are missing, first that of {missing[0]}" if missing else "it has no linears"
+        raise CheckpointError(f"{model} does not hold the model of its config.json: {what}; download it again")
+
+
+def _check_shape(path: str, weight: Tensor, linears: Linears) -> None:
+    if tuple(weight.shape) != linears.shapes[path]:
+        expected = "×".join(map(str, linears.shapes[path]))
+        found = "×".join(map(str, weight.shape))
+        raise CheckpointError(f"the weight of {path} is {found}, and {expected} by config.json; download it again")
 
 
 def _relative_error(weight: Tensor, quantized: NF4Weight) -> float:

@@ -72,7 +72,7 @@ class ShardReader:
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             names = {str(key): str(name) for key, name in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise CheckpointError(f"{path} is not a safetensors index; download the model again") from None
         for name in set(names.values()):
             if Path(name).name != name or not name.endswith(".safetensors"):

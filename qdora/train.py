@@ -1,25 +1,28 @@
 """`qdora train`: an NF4 base, a data file, and out comes an adapter.
 
-The training itself is TRL's: schedules, accumulation weighted by tokens, logging, evaluation, trackers, resuming, and a
-cross-entropy that never holds all logits. Here is what it must be told: the model, the data, how adapters are saved.
+The training itself is TRL's: schedules, accumulation weighted by tokens, logging, evaluation, trackers, resuming. Here
+is what it must be told: the model and the data; and what may be wrong is found before the long work, not after it.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from qdora.arguments import RunArguments, adapter_config, flags_of, parse_train
 from qdora.curves import loss_series, plot_loss
 from qdora.data import EncodedData, encode, read_rows
-from qdora.errors import ConfigError, DataError, NumericsError
+from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, QDoRAError, reason
 from qdora.model import load_model, load_tokenizer, trainable_parameters
 
 __all__ = ["TrainReport", "train"]
@@ -66,12 +69,12 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport:
     """`train`, given a command line."""
     run, training = parse_train(arguments)
     output_dir = Path(training.output_dir)
+    _check_place(output_dir)
     resume = _checkpoint_to_resume(training, output_dir)
     if resume is None:
-        _check_output(output_dir, run.overwrite_output_dir)
+        _check_unused(output_dir, run.overwrite_output_dir)
     adapter = adapter_config(run)
-    if training.eval_strategy != "no" and not run.eval_dataset:
-        raise ConfigError(f"--eval_strategy {training.eval_strategy.value} needs an --eval_dataset")
+    _check_flags(run, training)
     tokenizer = load_tokenizer(run.model_name_or_path, training.trust_remote_code)
     _use_chat_template(tokenizer, training)
     data = _load_data(run.dataset, run.dataset_split, tokenizer, training)
@@ -87,8 +90,21 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport:
     )
     print(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {training.device}")
     trainer = _build_trainer(model, tokenizer, training, data, evaluation)
-    trainer.train(resume_from_checkpoint=resume)
+    _run(trainer, resume)
     return _finish(trainer, run, data, output_dir)
+
+
+def _check_flags(run: RunArguments, training: Any) -> None:
+    if training.eval_strategy != "no" and not run.eval_dataset:
+        raise ConfigError(f"--eval_strategy {training.eval_strategy.value} needs an --eval_dataset")
+    if training.truncation_mode != "keep_start":
+        raise ConfigError(
+            f"--truncation_mode {training.truncation_mode}: long rows lose their end, only keep_start fits"
+        )
+    for name in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        value = getattr(training, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, found {value}")
 
 
 def _build_trainer(model: Any, tokenizer: Any, training: Any, data: EncodedData, evaluation: EncodedData | None) -> Any:
@@ -113,8 +129,25 @@ def _build_trainer(model: Any, tokenizer: Any, training: Any, data: EncodedData,
             eval_dataset=None if evaluation is None else dataset(evaluation),
             processing_class=tokenizer,
         )
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        raise ConfigError(f"these training flags do not fit together: {reason(error)}") from None
+
+
+def _run(trainer: Any, resume: str | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except QDoRAError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise QDoRAError(
+            f"out of memory after {trainer.state.global_step} steps: lower --per_device_train_batch_size (and raise "
+            f"--gradient_accumulation_steps) or --max_length ({reason(error)})"
+        ) from None
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"these training flags do not fit together: {str(error).splitlines()[0]}") from None
+        # what the trainer finds wrong only when it makes the optimizer, the schedule or the batches
+        raise ConfigError(
+            f"training stopped after {trainer.state.global_step} steps: {reason(error)}; check the flags"
+        ) from error
 
 
 def _finish(trainer: Any, run: RunArguments, data: EncodedData, output_dir: Path) -> TrainReport:
@@ -123,7 +156,7 @@ def _finish(trainer: Any, run: RunArguments, data: EncodedData, output_dir: Path
     if not losses:
         _, losses = loss_series(history, "train_loss")
     _, eval_losses = loss_series(history, "eval_loss")
-    if not all(map(math.isfinite, losses)):
+    if not all(map(math.isfinite, [*losses, *eval_losses])):
         raise NumericsError(f"the loss stopped being finite; no adapter was written to {output_dir}, lower the rate")
     trainer.save_model()
     trainer.save_state()
@@ -145,8 +178,8 @@ def _load_data(source: str, split: str, tokenizer: Any, training: Any) -> Encode
     encoded = encode(
         rows,
         tokenizer,
-        # A packed row is cut into pieces of max_length by the packing itself.
-        None if training.packing else training.max_length,
+        # Only these ways of packing go on with the rest of a long row in the next one.
+        None if training.packing and training.packing_strategy != "bfd" else training.max_length,
         source,
         loss_on_all=training.completion_only_loss is False,
         progress=lambda rows: tqdm(rows, desc="tokenize", unit=" rows", leave=False),
@@ -165,9 +198,21 @@ def _use_chat_template(tokenizer: Any, training: Any) -> None:
     training.chat_template_path = None  # TRL would read it once more
 
 
-def _check_output(output_dir: Path, overwrite: bool) -> None:
-    if output_dir.is_file():
-        raise ConfigError(f"the output {output_dir} is a file; name a directory")
+def _check_place(output_dir: Path) -> None:
+    """That the adapter can be written there, without leaving anything now."""
+    there = next(path for path in [output_dir, *output_dir.absolute().parents] if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"the output {output_dir} is a file or in one ({there}); name a directory")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot write to {output_dir}: {error.strerror}; choose another --output_dir") from None
+    if (output_dir / "config.json").is_file():
+        raise ConfigError(f"{output_dir} holds a model; choose another --output_dir for the adapter")
+
+
+def _check_unused(output_dir: Path, overwrite: bool) -> None:
     used = output_dir / "adapter_config.json"
     if not overwrite and (used.is_file() or _checkpoints(output_dir)):
         raise ConfigError(
@@ -184,10 +229,26 @@ def _checkpoint_to_resume(training: Any, output_dir: Path) -> str | None:
         found = _checkpoints(output_dir)
         if not found:
             raise ConfigError(f"nothing to resume: {output_dir} holds no checkpoint; start without the flag")
-        return str(found[-1])
+        wanted = found[-1]
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise ConfigError(f"nothing to resume: {wanted} is not a trainer's checkpoint; name one, or `last`")
+    _check_whole(Path(wanted))
     return str(wanted)
+
+
+def _check_whole(checkpoint: Path) -> None:
+    try:
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            if not (checkpoint / name).is_file():
+                continue
+            with zipfile.ZipFile(checkpoint / name) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile(name)
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{checkpoint} is damaged or cut short ({reason(error)}); resume from an earlier one by its name"
+        ) from None
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

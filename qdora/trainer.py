@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional
+from transformers import Trainer
 from trl import SFTTrainer
 
 from qdora.checkpoint import load_adapter, save_adapter
-from qdora.loss import answer_loss
+from qdora.loss import IGNORED, answer_loss
 
 __all__ = ["AdapterTrainer"]
-
-# What some families do to the logits after the head (Gemma 2, Cohere, Granite, Falcon-H1, …).
-_LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-    "output_router_logits",
-)
 
 
 class AdapterTrainer(SFTTrainer):
@@ -32,25 +26,48 @@ class AdapterTrainer(SFTTrainer):
     ) -> Any:
         """The mean loss of the answers' tokens; over all micro-batches of a step, if the trainer counted them.
 
-        A wrapped model (DDP, FSDP) must be entered through its wrapper, and a head that changes its logits is left to
-        TRL's loss: slower, and the same number.
+        A wrapped model (DDP, FSDP) must be entered through its wrapper, and other losses than the plain one are TRL's:
+        slower. A head that does more than multiply is left to the model's own loss, with all its logits.
         """
-        if return_outputs or model is not self.model or not self._plain_head() or self._smooths_or_weights():
+        if return_outputs or model is not self.model or self._other_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._head_is_plain:
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         features = {name: value for name, value in inputs.items() if name != "labels"}
         hidden = model.base_model(**features, use_cache=False).last_hidden_state
         head = model.get_output_embeddings()
         total = answer_loss(hidden, head.weight, labels, head.bias)
-        tokens: Tensor | int = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / tokens
+        tokens = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / torch.as_tensor(tokens).clamp(min=1)
 
-    def _plain_head(self) -> bool:
-        config = self.model.config.get_text_config()
-        return not any(getattr(config, name, None) for name in _LOGIT_CHANGES)
+    @cached_property
+    @torch.no_grad()
+    def _head_is_plain(self) -> bool:
+        """Whether the logits are the head's product with the last hidden states, tried out on two tokens.
 
-    def _smooths_or_weights(self) -> bool:
-        return self.label_smoother is not None or self.args.loss_type != "nll"
+        Many families do more: scale them (Cohere, Granite), cap them (Gemma 2), and each has its own name for it.
+        """
+        model = self.model
+        head, backbone = model.get_output_embeddings(), model.base_model
+        # Capping shows only on large logits, and a model may not have them yet.
+        caps = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        if head is None or backbone is model or caps:
+            return False
+        was_training = model.training
+        model.eval()
+        ids = torch.tensor([[0, 1]], device=model.device)
+        hidden: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        same = torch.equal(
+            functional.linear(hidden, head.weight, head.bias), model(input_ids=ids, use_cache=False).logits
+        )
+        model.train(was_training)
+        return same
+
+    def _other_loss(self) -> bool:
+        # `aux_loss_enabled` is newer than the oldest TRL that fits: the load balancing of mixtures of experts.
+        balances = getattr(self, "aux_loss_enabled", False)
+        return self.label_smoother is not None or self.args.loss_type != "nll" or balances
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:

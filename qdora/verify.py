@@ -11,10 +11,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from qdora.errors import NumericsError
 from qdora.model import Linears, load_model, load_tokenizer
 from qdora.shards import ShardReader
 
-__all__ = ["PROMPTS", "Comparison", "compare", "fits_in_memory"]
+__all__ = ["KL_BOUND", "PROMPTS", "Comparison", "compare", "fits_in_memory"]
 
 PROMPTS = (
     "The capital of France is",
@@ -23,6 +24,8 @@ PROMPTS = (
     "def fibonacci(n):\n",
 )
 NEW_TOKENS = 16
+KL_BOUND = 1e-2
+"""Rounding W' to fp16 gives 1e-6 to 1e-5 on real models and to bf16 1e-4; a merge onto other weights, above 0.1."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,18 @@ class Comparison:
     gaps_at_divergence: tuple[float, ...]
     """For each prompt whose greedy answers part: by how much the merged model prefers its token to the adapter's, in
     logits. A value near 0 is a tie that rounding decided."""
+
+    def check(self, out: str | Path) -> None:
+        """
+        Raises:
+            NumericsError: the two are further apart than rounding to 16 bits can bring them.
+        """
+        if not self.kl_per_token <= KL_BOUND:  # NaN too
+            raise NumericsError(
+                f"the merged model is not the one that was trained: KL {self.kl_per_token:.3g} a token, "
+                f"{self.same_tokens} of {self.greedy_tokens} greedy tokens the same; {out} was not written. Was the "
+                "adapter trained on this base? --no-verify writes it nevertheless"
+            )
 
     def __str__(self) -> str:
         text = (
@@ -58,17 +73,29 @@ def compare(
     base: str | Path,
     adapter: str | Path,
     merged: str | Path,
+    *,
+    load_in_4bit: bool = True,
     trust_remote_code: bool = False,
     prompts: Sequence[str] = PROMPTS,
     new_tokens: int = NEW_TOKENS,
 ) -> Comparison:
-    """Run the prompts through base + adapter and through the merged model. Only one of them is in memory at a time."""
+    """Run the prompts through base + adapter and through the merged model, on the CPU, one after the other.
+
+    Args:
+        load_in_4bit: whether the adapter was merged onto NF4 weights; a 16-bit `base` is quantized then.
+    """
     tokenizer = load_tokenizer(merged, trust_remote_code)
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
-    trained = load_model(base, adapter, dtype="float32", trust_remote_code=trust_remote_code)
+
+    def load(path: str | Path, adapter: str | Path | None, in_4bit: bool) -> Any:
+        return load_model(
+            path, adapter, dtype="float32", device="cpu", load_in_4bit=in_4bit, trust_remote_code=trust_remote_code
+        )
+
+    trained = load(base, adapter, load_in_4bit)
     ours = _answers(trained, ids, new_tokens)
     del trained
-    plain = load_model(merged, dtype="float32", load_in_4bit=False, trust_remote_code=trust_remote_code)
+    plain = load(merged, None, False)
     theirs = _answers(plain, ids, new_tokens)
     kl = difference = 0.0
     positions = same = total = 0

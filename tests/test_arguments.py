@@ -57,6 +57,7 @@ def test_flags_of() -> None:
         ([*NEEDED, "--lora-rank", "1"], "unknown flag --lora_rank; did you mean --lora_r"),
         ([*NEEDED, "--zzzzzz", "1"], "unknown flag --zzzzzz; `qdora train --help`"),
         (NEEDED[:4], "missing: --output_dir"),
+        ([*NEEDED, "--accelerator_config", "absent.json"], "absent.json"),
         ([*NEEDED, "--lora_r", "many"], "invalid int value: 'many'"),
         ([*NEEDED, "--lora_r"], "expected one argument"),
         ([*NEEDED, "stray"], "stray"),
@@ -84,3 +85,15 @@ def test_bad_config_files(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_train([str(tmp_path / "c.yaml")])
     assert message in str(caught.value)
+
+
+def test_what_yaml_reads_as_false(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\nsave_strategy: no\neval_strategy: no\n")
+    _, training = parse_train([str(config)])
+    assert (training.save_strategy, training.eval_strategy) == ("no", "no")
+
+
+def test_a_dotted_name_is_a_name() -> None:
+    run, _ = parse_train([*NEEDED, "--lora_target_modules", "self_attn.q_proj"])
+    assert adapter_config(run).target_modules == ("self_attn.q_proj",)

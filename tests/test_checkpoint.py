@@ -137,7 +137,7 @@ def test_the_file_is_peft_s(tiny_adapter: Path) -> None:
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     assert tensors[f"{key}A.weight"].dtype == torch.bfloat16
     assert tensors[f"{key}magnitude_vector"].dtype == torch.float32
-    assert read_adapter(tiny_adapter).base_is_nf4
+    assert read_adapter(tiny_adapter).base_kind == "nf4"
 
 
 def damaged(adapter: Path, out: Path, config: dict[str, Any] | None = None, **tensors: Any) -> Path:
@@ -204,7 +204,10 @@ def test_an_adapter_for_another_model(tiny_nf4: Path, tiny_adapter: Path, tmp_pa
     model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=8))
     with pytest.raises(CheckpointError, match="rank 8 here and 4"):
         qdora.load_adapter(model, tiny_adapter)
-    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, target_modules=("q_proj",)))
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, alpha=16))
+    with pytest.raises(CheckpointError, match="is scaled by 4 here and by 2 in the adapter"):
+        qdora.load_adapter(model, tiny_adapter)
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, alpha=8, target_modules=("q_proj",)))
     with pytest.raises(CheckpointError, match="adapts other linears"):
         qdora.load_adapter(model, tiny_adapter)
 
@@ -212,3 +215,39 @@ def test_an_adapter_for_another_model(tiny_nf4: Path, tiny_adapter: Path, tmp_pa
 def test_nothing_to_save(tiny_nf4: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no adapters to save"):
         qdora.save_adapter(qdora.load_model(tiny_nf4), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "loftq"},
+        {"modules_to_save": ["lm_head"]},
+        {"alora_invocation_tokens": [1, 2]},
+        {"use_qalora": True},
+        {"bias": "all"},
+        {"layer_replication": [[0, 2]]},
+    ],
+    ids=str,
+)
+def test_what_changes_the_forward_in_other_ways_is_refused(
+    change: dict[str, Any], tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_adapter, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=next(iter(change))):
+        qdora.load_model(tiny_nf4, adapter=tmp_path / "a")
+
+
+def test_the_kind_of_base_is_recorded(tiny: Path, tiny_nf4: Path, tmp_path: Path) -> None:
+    qdora.quantize(tiny, tmp_path / "single", double_quant=False)
+    for base, load_in_4bit, kind in [
+        (tiny_nf4, True, "nf4"),
+        (tiny, True, "nf4"),
+        (tiny, False, "dense"),
+        (tmp_path / "single", True, "nf4-custom"),
+    ]:
+        model = qdora.load_model(base, adapter=AdapterConfig(rank=2), load_in_4bit=load_in_4bit)
+        qdora.save_adapter(model, tmp_path / "a")
+        assert read_adapter(tmp_path / "a").base_kind == kind

@@ -37,6 +37,15 @@ def place(tmp_path: Path, tiny: Path, tiny_nf4: Path, tiny_adapter: Path) -> Pat
     shutil.copytree(tiny, tmp_path / "short")
     shard = sorted((tmp_path / "short").glob("*.safetensors"))[-1]
     shard.write_bytes(shard.read_bytes()[:-10])
+    shutil.copytree(tiny, tmp_path / "nonsense")
+    (tmp_path / "nonsense" / "config.json").write_text('{"model_type": "llama", "num_attention_heads": "many"}')
+    make_model(tmp_path / "part", num_hidden_layers=1)
+    config = (tmp_path / "part" / "config.json").read_text()
+    (tmp_path / "part" / "config.json").write_text(
+        config.replace('"num_hidden_layers": 1', '"num_hidden_layers": 2').replace('"layer_types": [', '"unused": [')
+    )
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1')
     (tmp_path / "empty").mkdir()
     make_model(tmp_path / "other", hidden_size=128)
     good = '{"prompt": "a", "completion": "b"}\n'
@@ -74,6 +83,22 @@ MISTAKES = [
     (TRAIN + " --lora_r 0", "rank must be"),
     (TRAIN + " --eval_strategy steps", "needs an --eval_dataset"),
     (TRAIN + " --optim adamm", "adamm"),
+    (TRAIN + " --per_device_train_batch_size 0", "batch"),
+    (TRAIN + " --truncation_mode keep_end", "only keep_start fits"),
+    (TRAIN + " --max_length 0", "--max_length must be at least 1"),
+    (TRAIN.replace("--output_dir out", "--output_dir good.jsonl/out"), "is a file or in one"),
+    (TRAIN.replace("--output_dir out", "--output_dir model"), "holds a model"),
+    (TRAIN + " --resume_from_checkpoint run/checkpoint-1", "checkpoint-1 is damaged or cut short"),
+    (TRAIN + " --chat_template_path absent.jinja", "no chat template at"),
+    ("quantize model model --overwrite", "is or holds the input"),
+    ("quantize model . --overwrite", "is or holds the input"),
+    ("quantize model out --device tpu0", "no device 'tpu0' here"),
+    ("quantize model out --skip_modules [", "neither a name nor a regular expression"),
+    ("quantize model out --dtype float32", "dtype must be one of bfloat16, float16"),
+    ("quantize nonsense out", "nonsense has no usable config.json"),
+    ("quantize part out", "does not hold the model of its config.json"),
+    (TRAIN.replace("nf4", "part"), "does not hold the model of its config.json"),
+    ("merge nf4 adapter empty/../nf4 --overwrite", "is or holds the input"),
     ("train absent.yaml", "no config file at absent.yaml"),
 ]
 

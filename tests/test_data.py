@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from qdora.data import IGNORED, encode, read_rows, recognize
 from qdora.errors import DataError
+from tests.conftest import make_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "42 apples."}
 
@@ -87,6 +90,7 @@ def test_cut_and_dropped_rows_are_counted(tokenizer: Any) -> None:
     [
         ({"prompt": "x"}, "row 17: the field 'completion' is missing"),
         ({"prompt": "x", "completion": 3}, "row 17: the field 'completion' must be text, found int"),
+        ({"prompt": "x", "completion": "\ud800"}, "row 17: the field 'completion' holds half of a surrogate pair"),
     ],
 )
 def test_a_bad_row_is_named(row: dict[str, Any], message: str, tokenizer: Any) -> None:
@@ -156,6 +160,7 @@ def test_files(tmp_path: Path) -> None:
         ("a.json", b"[1, 2]", "must be a JSON list of objects"),
         ("a.json", b"[" * 100_000, "not valid JSON"),
         ("a.csv", b'a,b\n"x', "not valid CSV"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "row 2: more fields than the header has"),
         ("a.parquet", b"PAR1", "not valid Parquet"),
         ("a.txt", b"hello", "is none of .jsonl"),
     ],
@@ -170,3 +175,69 @@ def test_missing_files(tmp_path: Path) -> None:
     for name in ("missing.jsonl", "missing"):
         with pytest.raises(DataError, match="no data file at"):
             read_rows(tmp_path / name)
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if loop.last and m['role'] == 'assistant' %}(hm) {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}tools: {{ tools | map(attribute='name') | join }}\n{% endif %}{% for m in messages %}"
+    "{{ m['role'] }}:{% for call in m.get('tool_calls', []) %}call {{ call['name'] }};{% endfor %}"
+    "{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def with_template(tokenizer: Any) -> Iterator[Any]:
+    kept = tokenizer.chat_template
+    yield lambda template: setattr(tokenizer, "chat_template", template)
+    tokenizer.chat_template = kept
+
+
+def test_turns_that_the_template_rewrites_are_counted(tokenizer: Any, with_template: Any) -> None:
+    with_template(THINKING)
+    row = {"messages": [USER, ASSISTANT, USER, ASSISTANT]}
+    assert learned(row, tokenizer) == "(hm) 42 apples.<|im_end|>"
+    encoded = encode([row], tokenizer, None)
+    assert encoded.hidden == 1
+    assert "1 earlier answers without loss" in str(encoded)
+    assert learned(row, tokenizer, loss_on_all=True).startswith("<|im_start|>user")
+
+
+def test_loss_on_all_needs_no_place_for_the_answer(tokenizer: Any, with_template: Any) -> None:
+    with_template("{% if add_generation_prompt %}other{% endif %}{{ messages | length }} in all")
+    assert learned({"messages": [USER, ASSISTANT]}, tokenizer, loss_on_all=True) == "2 in all"
+
+
+@pytest.mark.parametrize("tools", [[{"name": "count"}], '[{"name": "count"}]'])
+def test_tools_and_their_calls_reach_the_template(tools: Any, tokenizer: Any, with_template: Any) -> None:
+    with_template(TOOLS)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "count"}], "reasoning_content": None}
+    row = {"messages": [USER, call, {"role": "tool", "content": "42"}, ASSISTANT], "tools": tools}
+    assert learned(row, tokenizer) == "call count;<|im_end|>42 apples.<|im_end|>"
+    assert tokenizer.decode(encode([row], tokenizer, None).input_ids[0]).startswith("tools: count\nuser:How many?")
+    with pytest.raises(DataError, match="'tools' must be a list, found int"):
+        encode([{**row, "tools": 3}], tokenizer, None)
+
+
+def test_the_end_that_the_tokenizer_adds_is_learned() -> None:
+    tokenizer = make_tokenizer()
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", end)]
+    )
+    encoded = encode([{"prompt": "How many?", "completion": " 42"}], tokenizer, None)
+    assert encoded.input_ids[0].count(end) == 1
+    assert encoded.labels[0][-1] == end
+
+
+def test_an_answer_with_nothing_before_it_is_no_answer(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="every label would be masked"):
+        encode([{"text": "The lazy dog"}], tokenizer, 1)
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("\ufefftext\n".encode() + b"x" * 200_000 + b"\n")
+    assert read_rows(tmp_path / "a.csv") == [{"text": "x" * 200_000}]

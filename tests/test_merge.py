@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qdora
-from qdora import AdapterConfig, CheckpointError, NumericsError
+from qdora import AdapterConfig, CheckpointError, ConfigError, NumericsError
 from qdora.checkpoint import read_adapter
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
@@ -110,7 +112,9 @@ def test_a_16_bit_base_is_rounded_as_training_rounded_it(
     a, b = ShardReader(tmp_path / "through"), ShardReader(tmp_path / "nf4")
     assert all(torch.equal(a.get(key), b.get(key)) for key in b)
     onto = qdora.merge(tiny, tiny_adapter, tmp_path / "onto", onto_original=True)
-    assert (onto.base, onto.comparison) == ("16-bit", None)
+    assert onto.base == "16-bit"
+    assert onto.comparison is not None
+    assert onto.comparison.kl_per_token < 1e-4
     key = "model.layers.0.mlp.up_proj.weight"
     difference = ShardReader(tmp_path / "onto").get(key).float() - b.get(key).float()
     assert 0.05 < difference.norm() / b.get(key).float().norm() < 0.15
@@ -122,6 +126,8 @@ def test_an_adapter_trained_on_a_dense_base(tiny: Path, tmp_path: Path) -> None:
     qdora.save_adapter(model, tmp_path / "adapter")
     report = qdora.merge(tiny, tmp_path / "adapter", tmp_path / "out")
     assert report.base == "16-bit"
+    assert report.comparison is not None
+    assert report.comparison.kl_per_token < 1e-4
     trained = qdora.load_model(tiny, adapter=tmp_path / "adapter", load_in_4bit=False, dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     a, b = trained(IDS).logits, plain(IDS).logits
@@ -164,5 +170,49 @@ def test_the_comparison_sees_a_difference(tiny_nf4: Path, tiny_adapter: Path, tm
     assert comparison.kl_per_token > 1e-2
     assert comparison.same_tokens < comparison.greedy_tokens
     assert comparison.gaps_at_divergence
+    with pytest.raises(NumericsError, match="is not the one that was trained"):
+        comparison.check("out")
     assert all(gap > 0 for gap in comparison.gaps_at_divergence)
     assert "answers part" in str(comparison)
+
+
+def test_a_merge_that_is_another_function_is_not_left_behind(
+    tiny: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong_rows(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, m: object, scaling: float) -> torch.Tensor:
+        return W + 2 * scaling * (B.float() @ A.float())
+
+    monkeypatch.setattr(sys.modules["qdora.merge"], "merge_rows", wrong_rows)  # `qdora.merge` is the function
+    with pytest.raises(NumericsError, match="is not the one that was trained"):
+        qdora.merge(tiny_nf4, tiny_adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_quantized_in_another_way_must_be_named(tiny: Path, tmp_path: Path) -> None:
+    qdora.quantize(tiny, tmp_path / "nf4", double_quant=False)
+    model = qdora.load_model(tmp_path / "nf4", adapter=AdapterConfig(rank=4))
+    disturb(model)
+    qdora.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"name the NF4 checkpoint it was trained on .*nf4"):
+        qdora.merge(tiny, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = qdora.merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "out")
+    assert report.comparison is not None
+
+
+def test_without_a_tokenizer_it_is_merged_and_said(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_nf4, tmp_path / "nf4", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
+    report = qdora.merge(tmp_path / "nf4", tiny_adapter, tmp_path / "out")
+    assert report.comparison is None
+    assert "not verified: " in str(report)
+    assert "no usable tokenizer" in report.not_compared
+    with pytest.raises(CheckpointError, match="no usable tokenizer"):
+        qdora.merge(tmp_path / "nf4", tiny_adapter, tmp_path / "again", verify=True)
+
+
+def test_dtype_and_places(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype must be one of bfloat16, float16, found 'float32'"):
+        qdora.merge(tiny_nf4, tiny_adapter, tmp_path / "out", dtype="float32")
+    for out in (tiny_nf4, tiny_adapter):
+        with pytest.raises(ConfigError, match="is or holds the input"):
+            qdora.merge(tiny_nf4, tiny_adapter, out, overwrite=True)

@@ -97,7 +97,7 @@ def test_our_adapter_in_peft(nf4: Path, adapter: Path) -> None:
     base, ours = logits(qdora.load_model(nf4)), logits(qdora.load_model(nf4, adapter=adapter))
     theirs = logits(PeftModel.from_pretrained(packed_peer(nf4), adapter).train())
     assert distance(ours, theirs) < 2e-2
-    assert distance(base, theirs) > 0.2
+    assert distance(base, theirs) > 5 * distance(ours, theirs)
 
 
 def test_a_peft_adapter_in_ours(nf4: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_peft_adapter_in_ours(nf4: Path, tmp_path: Path) -> None:
     peer.save_pretrained(tmp_path)
     ours, theirs = logits(qdora.load_model(nf4, adapter=tmp_path)), logits(peer)
     assert distance(ours, theirs) < 2e-2
-    assert distance(logits(qdora.load_model(nf4)), theirs) > 0.2
+    assert distance(logits(qdora.load_model(nf4)), theirs) > 5 * distance(ours, theirs)
 
 
 def test_the_merged_model_is_the_trained_one(nf4: Path, adapter: Path, tmp_path: Path) -> None:

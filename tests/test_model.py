@@ -1,0 +1,138 @@
+"""Loading: what is frozen and how, and what is refused because transformers would only warn of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config
+
+import qdora
+from qdora import AdapterConfig, CheckpointError, ConfigError
+from qdora.dense import DenseWeight
+from qdora.inject import adapted_linears
+from qdora.model import compute_dtype, is_nf4_checkpoint, model_linears, pick_device, trainable_parameters
+from qdora.nf4 import NF4Weight
+from tests.conftest import make_model
+
+IDS = torch.arange(3, 43)[None]
+
+
+def test_what_trains_and_what_does_not(tiny_nf4: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4))
+    layers = adapted_linears(model)
+    assert len(layers) == 14
+    assert all(isinstance(layer.base, NF4Weight) for layer in layers.values())
+    trained = {name.rpartition(".")[2] for name, value in model.named_parameters() if value.requires_grad}
+    assert trained == {"lora_A", "lora_B", "magnitude_offset"}
+    expected = sum(4 * (d.in_features + d.out_features) + d.out_features for d in layers.values())
+    assert trainable_parameters(model) == expected
+    assert not any(value.requires_grad for value in qdora.load_model(tiny_nf4).parameters())
+
+
+def test_a_16_bit_model_is_quantized_as_it_loads_or_left(tiny: Path, tiny_nf4: Path) -> None:
+    quantized, packed = qdora.load_model(tiny), qdora.load_model(tiny_nf4)
+    assert torch.equal(quantized(IDS).logits, packed(IDS).logits)
+    dense = qdora.load_model(tiny, adapter=AdapterConfig(rank=4), load_in_4bit=False)
+    assert all(isinstance(layer.base, DenseWeight) for layer in adapted_linears(dense).values())
+    assert torch.equal(dense(IDS).logits, AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)(IDS).logits)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_weights_that_do_not_fit_the_config(damage: str, tmp_path: Path) -> None:
+    """transformers fills them with random values and warns."""
+    model = make_model(tmp_path / "m")
+    tensors = load_file(model / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight"
+    if damage == "missing":
+        del tensors[key]
+    else:
+        tensors[key] = tensors[key][:-64].contiguous()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"does not hold the model|up_proj is \(128, 64\), and \(192, 64\)"):
+        qdora.load_model(model)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
+        qdora.quantize(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_quantizations_are_refused(tiny: Path, tmp_path: Path) -> None:
+    for quantization, kind in [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
+    ]:
+        model = tmp_path / kind
+        shutil.copytree(tiny, model)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+        for act in (qdora.load_model, is_nf4_checkpoint):
+            with pytest.raises(CheckpointError, match=f"quantized as '?{kind}"):
+                act(model)
+
+
+def test_linears_and_what_is_skipped(tiny: Path) -> None:
+    linears = model_linears(tiny, ("model.layers.0",))
+    assert len(linears.shapes) == 14
+    assert linears.find("model.layers.1.mlp.down_proj.weight") == "model.layers.1.mlp.down_proj"
+    assert linears.quantizes("model.layers.1.mlp.down_proj")
+    assert not linears.quantizes("model.layers.0.mlp.down_proj")
+    assert linears.find("model.embed_tokens.weight") is None
+    with pytest.raises(ConfigError, match="matches no module"):
+        model_linears(tiny, ("absent",))
+
+
+def test_dtypes_and_devices() -> None:
+    assert compute_dtype("float32") == torch.float32
+    with pytest.raises(ConfigError, match="one of bfloat16, float16, found"):
+        compute_dtype("float32", sixteen_bit=True)
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="no device 'warp' here"):
+        pick_device("warp")
+
+
+@pytest.mark.parametrize("kind", ["plain", "capped", "scaled"])
+def test_a_head_that_does_more_is_scored_by_the_model(kind: str, tmp_path: Path, tokenizer: object) -> None:
+    """The lean loss multiplies by the head's weight; Gemma 2 caps the logits after it and Cohere scales them."""
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from qdora.trainer import AdapterTrainer
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 400, "pad_token_id": 0, "head_dim": 32}
+    torch.manual_seed(0)
+    if kind == "plain":
+        path = make_model(tmp_path / "m")
+    else:
+        config = (
+            Gemma2Config(**shape, final_logit_softcapping=2.0, initializer_range=0.3)
+            if kind == "capped"
+            else Cohere2Config(**shape, logit_scale=0.25, initializer_range=0.3)
+        )
+        path = tmp_path / "m"
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    model = qdora.load_model(path, adapter=AdapterConfig(rank=2), dtype="float32")
+    data = Dataset.from_dict({"input_ids": [list(range(3, 20))], "labels": [[-100] * 4 + list(range(7, 20))]})
+    trainer = AdapterTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(tmp_path / "o"),
+            dataset_kwargs={"skip_prepare_dataset": True},
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    batch = {"input_ids": torch.tensor(data["input_ids"]), "labels": torch.tensor(data["labels"])}
+    model.eval()
+    logits = model(input_ids=batch["input_ids"]).logits.double()
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:])
+    assert trainer._head_is_plain is (kind == "plain")
+    assert float(trainer.compute_loss(model, batch)) == pytest.approx(float(expected), rel=1e-5)
