@@ -1,0 +1,203 @@
+"""The contestants of `bench_step.py`: one optimizer step by each method, and the shapes they are run on.
+
+Every method gets the same model, loss (chunked, from the last hidden states), AdamW and non-reentrant checkpointing of
+each decoder layer; adapters in bf16 on all linears, no dropout. PEFT gets its fastest settings: no fp32 upcast of the
+adapters (`autocast_adapter_dtype=False`) and no `prepare_model_for_kbit_training`, which upcasts everything 16-bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import qdora
+from qdora.inject import attach
+from qdora.loss import answer_loss
+from qdora.model import nf4_config
+from qdora.nf4 import quantize_nf4
+from qdora.output import new_directory, write_json
+from qdora.shards import ShardWriter
+
+METHODS = {
+    "qdora QDoRA": ("qdora", "nf4", True),
+    "qdora QLoRA": ("qdora", "nf4", False),
+    "qdora DoRA dense": ("qdora", "dense", True),
+    "qdora LoRA dense": ("qdora", "dense", False),
+    "PEFT QDoRA": ("peft", "nf4", True),
+    "PEFT QLoRA": ("peft", "nf4", False),
+    "PEFT LoRA dense": ("peft", "dense", False),
+    "matmul floor": ("floor", "dense", False),
+}
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model's shape and a batch."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    batch: int
+    length: int
+    tied: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=8192,
+            tie_word_embeddings=self.tied,
+        )
+
+    def linears(self) -> list[tuple[str, int, int]]:
+        """(name, out_features, in_features) of one decoder layer."""
+        h, kv, m = self.hidden, self.hidden // self.heads * self.kv_heads, self.intermediate
+        attention = [("q", h, h), ("k", kv, h), ("v", kv, h), ("o", h, h)]
+        return [*attention, ("gate", m, h), ("up", m, h), ("down", h, m)]
+
+
+# Two layers stand for a deep model, so the vocabulary is small in proportion: the head's share of the work is that of
+# the whole model.
+WORKLOADS = {
+    "SmolLM2-135M, 512 tokens": Workload(576, 1536, 30, 9, 3, 49152, 1, 512, tied=True),
+    "SmolLM2-135M, 2048 tokens": Workload(576, 1536, 30, 9, 3, 49152, 1, 2048, tied=True),
+    "7B-shaped, 2 layers, 1024 tokens": Workload(4096, 11008, 2, 32, 32, 2048, 1, 1024),
+    "8B-shaped, 2 layers, 1024 tokens": Workload(4096, 14336, 2, 32, 8, 8192, 1, 1024),
+    "8B-shaped, 2 layers, 2048 tokens": Workload(4096, 14336, 2, 32, 8, 8192, 1, 2048),
+    "7B, 32 layers, 2048 tokens": Workload(4096, 11008, 32, 32, 32, 32000, 1, 2048),
+    **{f"8B, 32 layers, {n} x 2048 tokens": Workload(4096, 14336, 32, 32, 8, 128256, n, 2048) for n in (1, 2, 4, 8)},
+}
+
+
+def write_model(workload: Workload, kind: str, directory: Path) -> Path:
+    """A checkpoint with random weights, dense or NF4; linears of one shape share their values."""
+    config = workload.config()
+    if directory.exists():
+        return directory
+    torch.manual_seed(0)
+    cache: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with new_directory(directory) as scratch:
+        with ShardWriter(scratch, 2 * 10**9) as writer:
+            for name, parameter in model.named_parameters():
+                for suffix, tensor in _random(name, tuple(parameter.shape), kind, cache).items():
+                    writer.add(name + suffix, tensor)
+        extra = {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+        if kind == "nf4":
+            extra["quantization_config"] = nf4_config(torch.bfloat16, skip_modules=("lm_head",)).to_dict()
+        write_json(scratch / "config.json", {**config.to_dict(), **extra})
+    return directory
+
+
+def _random(
+    name: str, shape: tuple[int, ...], kind: str, cache: dict[tuple[int, ...], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    if len(shape) == 1:
+        return {"": torch.ones(shape, dtype=torch.bfloat16)}
+    is_linear = "_proj" in name
+    key = (*shape, int(is_linear))
+    if key not in cache:
+        weight = torch.randn(shape).mul_(0.02).bfloat16()
+        parts = quantize_nf4(weight) if is_linear and kind == "nf4" else {"": weight}
+        cache[key] = {f".{part}" if part else "": tensor for part, tensor in parts.items()}
+    return {part: tensor.clone() for part, tensor in cache[key].items()}
+
+
+def prepare(method: str, workload: Workload, directory: Path, rank: int, device: torch.device) -> Callable[[], Step]:
+    """Load the base model of a method; what is returned attaches the adapter, and returns the step."""
+    engine, _, use_dora = METHODS[method]
+    torch.manual_seed(0)
+    ids = torch.randint(0, workload.vocabulary, (workload.batch, workload.length), device=device)
+    if engine == "floor":
+        return lambda: _floor(workload, device)
+    if engine == "qdora":
+        model = qdora.load_model(directory, device=device, load_in_4bit=False)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map={"": device})
+    model.requires_grad_(False)
+
+    def adapt() -> Step:
+        adapted = _with_qdora(model, rank, use_dora) if engine == "qdora" else _with_peft(model, rank, use_dora)
+        return _training_step(adapted, model, ids)
+
+    return adapt
+
+
+def _with_qdora(model: Any, rank: int, use_dora: bool) -> nn.Module:
+    attach(model, qdora.AdapterConfig(rank=rank, alpha=2 * rank, use_dora=use_dora))
+    return model
+
+
+def _with_peft(model: Any, rank: int, use_dora: bool) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=use_dora, target_modules="all-linear")
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    return adapted
+
+
+def _training_step(adapted: nn.Module, model: Any, ids: Tensor) -> Step:
+    adapted.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
+    head, backbone = model.get_output_embeddings(), model.base_model
+
+    def step() -> None:
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        (answer_loss(hidden, head.weight, ids) / ids.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _floor(workload: Workload, device: torch.device) -> Step:
+    """The GEMMs that a checkpointed adapter step cannot do without, on dense bf16, and nothing else."""
+    products = list(_products(workload))
+    weights = {shape: torch.randn(shape, device=device).bfloat16() for _, shape in products}
+    inputs = {n: torch.randn(workload.tokens, n, device=device).bfloat16() for _, shape in products for n in shape}
+
+    def step() -> None:
+        for transposed, (rows, columns) in products:
+            weight = weights[rows, columns]
+            torch.mm(inputs[rows], weight) if transposed else torch.mm(inputs[columns], weight.t())
+
+    return step
+
+
+def _products(workload: Workload) -> Iterator[tuple[bool, tuple[int, int]]]:
+    """(transposed, (out, in)) of each: forward, recompute, and gradient of the input where one is needed."""
+    for layer in range(workload.layers):
+        for name, rows, columns in workload.linears():
+            yield from [(False, (rows, columns))] * 2
+            if layer > 0 or name not in ("q", "k", "v"):  # nothing before the first layer trains
+                yield True, (rows, columns)
+    head = (workload.vocabulary, workload.hidden)
+    yield from [(False, head), (True, head)]
+
+
+def floor_flops(workload: Workload) -> float:
+    """Floating-point operations of the floor."""
+    return sum(2.0 * workload.tokens * rows * columns for _, (rows, columns) in _products(workload))

@@ -1,0 +1,214 @@
+"""What a training step costs: qdora beside PEFT and beside the bare matmuls, in time and memory.
+
+    python scripts/bench_step.py                        # the CPU workloads, five rounds
+    python scripts/bench_step.py --workloads "7B-shaped, 2 layers, 1024 tokens" --methods "qdora QDoRA" "PEFT QLoRA"
+
+Each measurement is a process of its own. The methods take turns, round after round, so that a machine that slows down
+slows all of them; what is reported is the median over the rounds of each process's median step. Memory is the most
+that torch's allocator held above the loaded base model (adapters, optimizer state and caches count), from the
+profiler's record of each allocation on the CPU and `max_memory_allocated` on CUDA. Run it alone on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_methods import METHODS, WORKLOADS, Step, floor_flops, prepare, write_model
+
+CPU_WORKLOADS = [name for name in WORKLOADS if name.startswith("SmolLM2") or "1024 tokens" in name]
+OURS = "qdora QDoRA"
+PACKAGES = ("qdora", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=CPU_WORKLOADS, metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[16])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a process, after one to warm up")
+    parser.add_argument("--models", type=Path, help="where the random models are kept [a temporary directory]")
+    parser.add_argument("--out", type=Path, help="a .json file; a .png is drawn beside it")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--measure", choices=["time", "memory"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments.models = arguments.models or Path(scratch)
+        results = [
+            compare(arguments, workload, rank) for workload in arguments.workloads for rank in arguments.ranks
+        ]
+    if arguments.out:
+        write(arguments, results)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a process of its own does: one method on one workload."""
+    (method,), (name,), (rank,) = arguments.methods, arguments.workloads, arguments.ranks
+    workload, device = WORKLOADS[name], torch.device(arguments.device)
+    directory = write_model(workload, METHODS[method][1], model_directory(arguments.models, method, name))
+    adapt = prepare(method, workload, directory, rank, device)
+    if arguments.measure == "memory":
+        return {"peak_bytes": peak_bytes(adapt, device)}
+    step = adapt()
+    step()
+    seconds = []
+    for _ in range(arguments.steps):
+        synchronize(device)
+        started = time.perf_counter()
+        step()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(seconds)}
+
+
+def peak_bytes(adapt: Callable[[], Step], device: torch.device) -> int:
+    """The most that was allocated at once, above what was before, while an adapter is attached and takes two steps."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run_twice(adapt)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run_twice(adapt)
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def run_twice(adapt: Callable[[], Step]) -> None:
+    step = adapt()
+    step()
+    step()
+
+
+def compare(arguments: argparse.Namespace, workload: str, rank: int) -> dict[str, Any]:
+    """All methods on one workload, in rounds."""
+    print(f"\n{workload}, rank {rank}", flush=True)
+    seconds: dict[str, list[float]] = {method: [] for method in arguments.methods}
+    for method in arguments.methods:
+        kind = METHODS[method][1]
+        write_model(WORKLOADS[workload], kind, model_directory(arguments.models, method, workload))
+    for number in range(arguments.rounds):
+        for method in arguments.methods:
+            seconds[method].append(run_child(arguments, "time", method, workload, rank)["seconds"])
+        line = ", ".join(f"{method} {times[-1]:.3f}" for method, times in seconds.items())
+        print(f"  round {number + 1}: {line}", flush=True)
+    peaks = {
+        method: run_child(arguments, "memory", method, workload, rank)["peak_bytes"]
+        for method in arguments.methods
+        if METHODS[method][0] != "floor"
+    }
+    medians = {method: statistics.median(times) for method, times in seconds.items()}
+    report(workload, medians, peaks)
+    return {
+        "workload": workload,
+        "rank": rank,
+        "tokens": WORKLOADS[workload].tokens,
+        "floor_tflop": floor_flops(WORKLOADS[workload]) / 1e12,
+        "seconds": seconds,
+        "median_seconds": medians,
+        "peak_bytes_above_model": peaks,
+    }
+
+
+def run_child(arguments: argparse.Namespace, what: str, method: str, workload: str, rank: int) -> dict[str, Any]:
+    flags = ["--measure", what, "--methods", method, "--workloads", workload, "--ranks", str(rank)]
+    flags += ["--steps", str(arguments.steps), "--models", str(arguments.models), "--device", arguments.device]
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{method} on {workload} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(workload: str, medians: dict[str, float], peaks: dict[str, int]) -> None:
+    """The table: seconds, tokens per second, MB, and what qdora QDoRA costs as a share of each."""
+    print(f"  {'method':<18} {'s/step':>8} {'tokens/s':>9} {'MB':>7}   QDoRA ÷ it: time, memory")
+    for method, seconds in medians.items():
+        peak = peaks.get(method)
+        line = f"  {method:<18} {seconds:8.3f} {WORKLOADS[workload].tokens / seconds:9.0f} "
+        line += f"{peak / 1e6:7.0f}" if peak else f"{'':7}"
+        if OURS in medians:
+            line += f"   {medians[OURS] / seconds:.3f}"
+            line += f", {peaks[OURS] / peak:.3f}" if peak else ""
+        print(line)
+
+
+def write(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    device = torch.device(arguments.device)
+    content = {
+        "command": shlex.join(["python", "scripts/bench_step.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, CPU",
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "results": results,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    draw(results, arguments.out.with_suffix(".png"))
+    print(f"\nwritten: {arguments.out}, {arguments.out.with_suffix('.png')}")
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 2.6 * len(results)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, result in zip(figure.subplots(len(results), 2, squeeze=False), results, strict=True):
+        for axis, name, scale, unit in (
+            (axes[0], "median_seconds", 1.0, "seconds a step"),
+            (axes[1], "peak_bytes_above_model", 1e-6, "MB above the loaded model"),
+        ):
+            values = {method: value * scale for method, value in result[name].items()}
+            colors = ["tab:blue" if method.startswith("qdora") else "tab:gray" for method in values]
+            bars = axis.barh(list(values), list(values.values()), color=colors)
+            axis.bar_label(bars, fmt="%.3g", padding=3)
+            axis.invert_yaxis()
+            axis.set(xlabel=unit, title=f"{result['workload']}, rank {result['rank']}")
+            axis.margins(x=0.15)
+    figure.savefig(path, dpi=110)
+
+
+def model_directory(models: Path, method: str, workload: str) -> Path:
+    """Workloads of one shape share their models."""
+    shape = workload.rpartition(", ")[0].replace(",", "").replace(" ", "-")
+    return models / f"{shape}-{METHODS[method][1]}"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()
