@@ -13,6 +13,7 @@ from torch import Tensor, nn
 __all__ = ["DenseWeight"]
 
 _TILE_ROWS = 1024
+_SCALED_ROWS = 64
 
 
 class DenseWeight(nn.Module):
@@ -42,18 +43,16 @@ class DenseWeight(nn.Module):
 
     def linear(self, x_TI: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
         """x · (scale ⊙ W)ᵀ, as a (T, O) tensor of x's dtype."""
-        y_TO = x_TI @ self.weight.t().to(x_TI.dtype)
-        return y_TO if row_scale_O is None else y_TO.mul_(row_scale_O)
+        if self.weight.dtype == x_TI.dtype:
+            y_TO = x_TI @ self.weight.t()
+        else:
+            y_TO = torch.cat([x_TI @ tile.t() for _, tile in self.tiles(x_TI.dtype)], dim=1)
+        return y_TO if row_scale_O is None else _scaled(y_TO, row_scale_O)
 
     def linear_transposed(self, g_TO: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
         """g · (scale ⊙ W), as a (T, I) tensor of g's dtype."""
-        scaled_TO = g_TO if row_scale_O is None else (g_TO * row_scale_O).to(g_TO.dtype)
+        scaled_TO = g_TO if row_scale_O is None else _scaled(g_TO.clone(), row_scale_O)
         return scaled_TO @ self.weight.to(g_TO.dtype)
-
-    def project(self, A_RI: Tensor) -> Tensor:
-        """W · Aᵀ, as an (O, R) fp32 tensor; the arithmetic is fp32."""
-        A_IR = A_RI.float().t()
-        return torch.cat([tile @ A_IR for _, tile in self.tiles(torch.float32)])
 
     def row_norms_squared(self) -> Tensor:
         """‖W‖² of each row, as an (O,) fp32 tensor."""
@@ -62,3 +61,13 @@ class DenseWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole weight, (O, I), in another dtype."""
         return self.weight.to(dtype)
+
+
+def _scaled(y_TO: Tensor, scale_O: Tensor) -> Tensor:
+    """y · scale, in place, multiplied in fp32 a few rows at a time.
+
+    torch multiplies bf16 by fp32 without vector instructions on the CPU: 33 to 139 ms for 1,024 × 11,008, and this 2.
+    """
+    for part in y_TO.split(_SCALED_ROWS):
+        part.copy_(part.float().mul_(scale_O))
+    return y_TO

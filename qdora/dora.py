@@ -8,7 +8,8 @@
 With c = m/‖V‖ this is  y = c ⊙ (x·Wᵀ + s·(x·Aᵀ)·Bᵀ), and what follows rests on three observations.
 
 1. The norm needs no product B·A. ‖V‖² = ‖W‖² + 2s·Σₖ B⊙(W·Aᵀ) + s²·Σₖ (B·(A·Aᵀ))⊙B, row by row: ‖W‖² is computed
-   once, at load, and W·Aᵀ costs as much as a forward of `rank` tokens.
+   once, at load, and W·Aᵀ is a forward of `rank` tokens, in the dtype of the forward (its rounding enters the norm
+   shrunk by the size of the update: 1e-5 in bf16); the sums are fp32.
 2. It changes only when the adapter does: once an optimizer step, not for each micro-batch, and not again in the
    recompute under gradient checkpointing. Tensor versions alone cannot tell when that is (fused AdamW and all of
    bitsandbytes' optimizers leave them untouched: a peer trains on a norm that is 7 to 9 % off after 20 steps), so
@@ -81,13 +82,17 @@ class RowScale(NamedTuple):
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """y = c ⊙ (x·Wᵀ + s·h·Bᵀ), with gradients for x, h, B and the magnitude. Without a row scale, c is 1 (LoRA)."""
+    """y = c ⊙ (x·Wᵀ + s·(z·Aᵀ)·Bᵀ), with gradients for x, z, A, B and the magnitude. Without a row scale c is 1 (LoRA).
+
+    z is x thinned out by dropout, or None if it is x itself: then one gradient is made where autograd would add two.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x_TI: Tensor,
-        h_TR: Tensor,
+        z_TI: Tensor | None,
+        A_RI: Tensor,
         B_OR: Tensor,
         offset_O: Tensor | None,
         base: BaseWeight,
@@ -95,27 +100,34 @@ class _AdaptedProduct(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         c_O = None if row_scale is None else row_scale.scale
+        h_TR = (x_TI if z_TI is None else z_TI) @ A_RI.t().to(x_TI.dtype)
         y_TO = base.linear(x_TI, c_O)
         y_TO.addmm_(h_TR, _scaled(B_OR, c_O, scaling).to(h_TR.dtype).t())
-        keeps_output = offset_O is not None and ctx.needs_input_grad[3]
-        ctx.save_for_backward(h_TR, B_OR, offset_O, y_TO if keeps_output else None)
-        ctx.base, ctx.row_scale, ctx.scaling = base, row_scale, scaling
+        keeps_output = offset_O is not None and ctx.needs_input_grad[4]
+        ctx.save_for_backward(
+            x_TI if z_TI is None else z_TI, h_TR, A_RI, B_OR, offset_O, y_TO if keeps_output else None
+        )
+        ctx.base, ctx.row_scale, ctx.scaling, ctx.thinned = base, row_scale, scaling, z_TI is not None
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
-        h_TR, B_OR, offset_O, y_TO = ctx.saved_tensors
+        z_TI, h_TR, A_RI, B_OR, offset_O, y_TO = ctx.saved_tensors
         row_scale, scaling = ctx.row_scale, ctx.scaling
         c_O = None if row_scale is None else row_scale.scale
-        needs_x, needs_h, needs_B = ctx.needs_input_grad[:3]
-        dx_TI = ctx.base.linear_transposed(g_TO, c_O) if needs_x else None
-        dh_TR = g_TO @ _scaled(B_OR, c_O, scaling).to(g_TO.dtype) if needs_h else None
+        needs_x, needs_z, needs_A, needs_B = ctx.needs_input_grad[:4]
+        dh_TR = g_TO @ _scaled(B_OR, c_O, scaling).to(g_TO.dtype)
+        dA_RI = (dh_TR.t() @ z_TI).to(A_RI.dtype) if needs_A else None
         dB_OR = _scaled(g_TO.t() @ h_TR, c_O, scaling).to(B_OR.dtype) if needs_B else None
         doffset_O = None
         if y_TO is not None:
             doffset_O = (_column_dots(g_TO, y_TO) * row_scale.per_output).to(offset_O.dtype)
-        return dx_TI, dh_TR, dB_OR, doffset_O, None, None, None
+        dx_TI = ctx.base.linear_transposed(g_TO, c_O) if needs_x else None
+        dz_TI = dh_TR @ A_RI.to(dh_TR.dtype) if needs_z else None
+        if dx_TI is not None and not ctx.thinned:
+            dx_TI.addmm_(dh_TR, A_RI.to(dh_TR.dtype))
+        return dx_TI, dz_TI, dA_RI, dB_OR, doffset_O, None, None, None
 
 
 class FrozenLinear(nn.Module):
@@ -177,7 +189,7 @@ class DoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.rank, self.scaling, self.use_dora = rank, scaling, use_dora
         self.enabled = True
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=base.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=base.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -194,22 +206,25 @@ class DoRALinear(nn.Module):
         with _compute_dtype(x) as dtype:
             x_TI = x.to(dtype).reshape(-1, self.in_features)
             if self.enabled:
-                h_TR = nn.functional.linear(self.dropout(x_TI), self.lora_A.to(x_TI.dtype))
-                y_TO = _AdaptedProduct.apply(
-                    x_TI, h_TR, self.lora_B, self.magnitude_offset, self.base, self.row_scale(), self.scaling
-                )
+                z_TI = self.dropout(x_TI) if self.training and self.dropout.p > 0 else None
+                trained = (self.lora_A, self.lora_B, self.magnitude_offset)
+                y_TO = _AdaptedProduct.apply(x_TI, z_TI, *trained, self.base, self.row_scale(dtype), self.scaling)
             else:
                 y_TO = _FrozenProduct.apply(x_TI, self.base)
             return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)
 
-    def row_scale(self) -> RowScale | None:
-        """c and its companion for the adapter as it is now, computed at most once an optimizer step; None for LoRA."""
+    def row_scale(self, dtype: torch.dtype = torch.float32) -> RowScale | None:
+        """c and its companion for the adapter as it is now, computed at most once an optimizer step; None for LoRA.
+
+        Args:
+            dtype: of the forward, see `weight_norm`.
+        """
         if self.magnitude_offset is None:
             return None
         trained = (self.lora_A, self.lora_B, self.magnitude_offset)
-        state = (_optimizer_steps, *((p.data_ptr(), p._version) for p in trained))
+        state = (dtype, _optimizer_steps, *((p.data_ptr(), p._version) for p in trained))
         if self._row_scale is None or self._row_scale[0] != state:
-            self._row_scale = state, self._compute_row_scale()
+            self._row_scale = state, self._compute_row_scale(dtype)
         return self._row_scale[1]
 
     def refresh(self) -> None:
@@ -217,20 +232,24 @@ class DoRALinear(nn.Module):
         self._row_scale = None
 
     @torch.no_grad()
-    def _compute_row_scale(self) -> RowScale:
-        norm_O, magnitude_O = self.weight_norm(), self.magnitude()
+    def _compute_row_scale(self, dtype: torch.dtype) -> RowScale:
+        norm_O, magnitude_O = self.weight_norm(dtype), self.magnitude()
         scale_O = torch.where(norm_O > 0, magnitude_O / norm_O, 1.0)
         scale_O = torch.where(scale_O.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE, scale_O)
         return RowScale(scale_O, torch.where(norm_O > 0, 1 / (scale_O * norm_O), 0.0))
 
     @torch.no_grad()
-    def weight_norm(self) -> Tensor:
-        """‖V‖ of each row for the adapter as it is now, (O,) fp32, by the factored formula."""
+    def weight_norm(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """‖V‖ of each row for the adapter as it is now, (O,) fp32, by the factored formula.
+
+        Args:
+            dtype: of the product W·Aᵀ; everything else is fp32.
+        """
         A_RI, B_OR = self.lora_A.float(), self.lora_B.float()
-        norms_squared_O = self._norms_squared.value
-        cross_O = (B_OR * self.base.project(A_RI)).sum(dim=1)
-        square_O = (B_OR @ (A_RI @ A_RI.t()) * B_OR).sum(dim=1)
-        total_O = norms_squared_O + 2 * self.scaling * cross_O + self.scaling**2 * square_O
+        with torch.autocast(A_RI.device.type, enabled=False):
+            cross_O = (B_OR * self.base.linear(self.lora_A.to(dtype)).t()).sum(dim=1)
+            square_O = (B_OR @ (A_RI @ A_RI.t()) * B_OR).sum(dim=1)
+        total_O = self._norms_squared.value + 2 * self.scaling * cross_O + self.scaling**2 * square_O
         return total_O.clamp_(min=0).sqrt_()
 
     @torch.no_grad()

@@ -10,6 +10,10 @@ The constraint. NF4 stores one absmax for each 64 consecutive weights, counted t
 64 / gcd(in_features, 64) rows, so that blocks never straddle tiles; only the very last tile may end inside a
 block, and the packed bytes are padded once, at construction, so that it need not be treated apart.
 
+The transposed product sums over rows, and a sum over tiles of rows would be rounded to bf16 once a tile. It walks tiles
+of whole columns of blocks instead (their bytes are gathered first, a quarter of the tile), so that each result is one
+sum: half the rounding error, and as fast as the dense product where the other was 7 % slower.
+
 The row scale. DoRA multiplies each row of the weight by c = m/‖V‖. Where rows are whole blocks, the scale goes
 into the absmax before dequantization: one multiply for 64 weights, and the tile comes out scaled. Otherwise the
 tile is multiplied after it was dequantized. Either way no pass over the activations is needed.
@@ -58,8 +62,8 @@ _STATE_KEY = "quant_state.bitsandbytes__nf4"
 class NF4Weight(KeepsDtype):
     """A frozen (out_features, in_features) weight in NF4.
 
-    Behaves as the matrix it stands for: `linear`, `linear_transposed`, `project`, `row_norms_squared`,
-    `dequantize`. Moves with its model between devices; a change of the model's dtype leaves it as it is.
+    Behaves as the matrix it stands for: `linear`, `linear_transposed`, `row_norms_squared`, `dequantize`. Moves with
+    its model between devices; a change of the model's dtype leaves it as it is.
     """
 
     packed: Tensor
@@ -161,6 +165,26 @@ class NF4Weight(KeepsDtype):
                 tile = (tile * row_scale_O[rows, None]).to(dtype)
             yield rows, tile
 
+    def column_tiles(self, dtype: torch.dtype, row_scale_O: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """As `tiles`, by columns: (columns, an (out_features, columns) tensor). Only where rows are whole blocks."""
+        rows, blocksize = self.out_features, self.blocksize
+        absmax = self.block_absmax().view(rows, -1)
+        if row_scale_O is not None:
+            absmax = absmax * row_scale_O[:, None]
+        packed = self.packed.view(rows, -1)
+        step = max(1, TILE_BYTES // (dtype.itemsize * rows * blocksize))
+        for start in range(0, absmax.shape[1], step):
+            stop = min(start + step, absmax.shape[1])
+            tile = torch.ops.bitsandbytes.dequantize_4bit(
+                packed[:, start * blocksize // 2 : stop * blocksize // 2].contiguous().view(-1),
+                absmax[:, start:stop].contiguous().view(-1),  # the operator does not look at strides
+                blocksize,
+                "nf4",
+                (rows * (stop - start), blocksize),
+                dtype,
+            )
+            yield slice(start * blocksize, stop * blocksize), tile.view(rows, -1)
+
     def _tile_rows(self, dtype: torch.dtype) -> Iterator[slice]:
         unit = self.blocksize // math.gcd(self.in_features, self.blocksize)
         step = max(1, TILE_BYTES // (dtype.itemsize * self.in_features * unit)) * unit
@@ -177,17 +201,13 @@ class NF4Weight(KeepsDtype):
     def linear_transposed(self, g_TO: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
         """g · (scale ⊙ W), as a (T, I) tensor of g's dtype: what `linear` needs in its backward."""
         dx_TI = g_TO.new_empty(g_TO.shape[0], self.in_features)
-        for rows, tile in self.tiles(g_TO.dtype, row_scale_O):
-            dx_TI.addmm_(g_TO[:, rows], tile, beta=int(rows.start > 0))  # beta 0 ignores what was there
+        if self.in_features % self.blocksize == 0:
+            for columns, tile in self.column_tiles(g_TO.dtype, row_scale_O):
+                torch.mm(g_TO, tile, out=dx_TI[:, columns])
+        else:
+            for rows, tile in self.tiles(g_TO.dtype, row_scale_O):
+                dx_TI.addmm_(g_TO[:, rows], tile, beta=int(rows.start > 0))  # beta 0 ignores what was there
         return dx_TI
-
-    def project(self, A_RI: Tensor) -> Tensor:
-        """W · Aᵀ, as an (O, R) fp32 tensor; the arithmetic is fp32."""
-        A_RI = A_RI.float()
-        product = torch.empty(self.out_features, A_RI.shape[0], dtype=torch.float32, device=A_RI.device)
-        for rows, tile in self.tiles(torch.float32):
-            torch.mm(tile, A_RI.t(), out=product[rows])
-        return product
 
     def row_norms_squared(self) -> Tensor:
         """‖W‖² of each row, as an (O,) fp32 tensor."""

@@ -52,9 +52,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         arguments.models = arguments.models or Path(scratch)
-        results = [
-            compare(arguments, workload, rank) for workload in arguments.workloads for rank in arguments.ranks
-        ]
+        results = [compare(arguments, workload, rank) for workload in arguments.workloads for rank in arguments.ranks]
     if arguments.out:
         write(arguments, results)
 
@@ -89,7 +87,7 @@ def peak_bytes(adapt: Callable[[], Step], device: torch.device) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run_twice(adapt)
     held = most = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)

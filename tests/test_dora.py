@@ -195,11 +195,12 @@ def optimizers() -> dict[str, object]:
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", list(optimizers()))
-def test_the_norm_in_use_is_never_stale(name: str) -> None:
-    layer = make_layer("nf4")
+def test_the_norm_in_use_is_never_stale(name: str, dtype: torch.dtype) -> None:
+    layer = make_layer("nf4", dtype=dtype)
     optimizer = optimizers()[name]([p for p in layer.parameters() if p.requires_grad])  # type: ignore[operator]
-    x, target = torch.randn(40, 128), torch.randn(40, 96)
+    x, target = torch.randn(40, 128).to(dtype), torch.randn(40, 96)
     start = true_norm(layer)
     for _ in range(20):
         for _ in range(2):  # gradient accumulation
@@ -208,8 +209,8 @@ def test_the_norm_in_use_is_never_stale(name: str) -> None:
         optimizer.zero_grad()
         with torch.no_grad():
             layer(x)
-        in_use = layer.magnitude() / layer.row_scale().scale
-        assert relative_error(in_use.abs(), true_norm(layer)) < 1e-5
+        in_use = layer.magnitude() / layer.row_scale(dtype).scale
+        assert relative_error(in_use.abs(), true_norm(layer)) < (1e-5 if dtype == torch.float32 else 2e-4)
     assert relative_error(true_norm(layer), start) > 1e-2
 
 
@@ -235,14 +236,14 @@ def test_the_norm_follows_edits_and_loading() -> None:
 def test_the_norm_is_computed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer("nf4")
     calls = 0
-    project = layer.base.project
+    weight_norm = layer.weight_norm
 
-    def counted(A: Tensor) -> Tensor:
+    def counted(dtype: torch.dtype) -> Tensor:
         nonlocal calls
         calls += 1
-        return project(A)
+        return weight_norm(dtype)
 
-    monkeypatch.setattr(layer.base, "project", counted)
+    monkeypatch.setattr(layer, "weight_norm", counted)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
     x = torch.randn(5, 128, requires_grad=True)
     for _ in range(3):
