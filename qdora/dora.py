@@ -25,6 +25,9 @@ Why δ and not m: bf16 is spaced 2⁻⁸ near 1, so a bf16 magnitude rounds ever
 of them moved in 80 steps). δ starts at zero, where bf16 is fine; and c is then exactly 1, so that a fresh adapter
 changes no bit of the output.
 
+`torch.compile` steps around the layer (a graph break before and after): traced, c would be guarded by the number of
+optimizer steps and compiled anew after each, and nothing is left to fuse where the tiles' products take the time.
+
 Dropout, if any, is on the input of the low-rank path only, so that x·Wᵀ is never thinned out.
 
 Shape suffixes: T tokens, I in_features, O out_features, R rank.
@@ -139,6 +142,7 @@ class FrozenLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.in_features, self.out_features = base.in_features, base.out_features
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         with _compute_dtype(x) as dtype:
             y_TO = _FrozenProduct.apply(x.to(dtype).reshape(-1, self.in_features), self.base)
@@ -202,6 +206,7 @@ class DoRALinear(nn.Module):
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, use_dora={self.use_dora}"
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         with _compute_dtype(x) as dtype:
             x_TI = x.to(dtype).reshape(-1, self.in_features)

@@ -7,6 +7,7 @@ sees, so what is left is the arithmetic's own rounding (2⁻⁹ for each result,
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,3 +310,87 @@ def test_several_forwards_before_a_backward() -> None:
     layer(x2).sum().backward()
     assert torch.allclose(together[0], layer.lora_A.grad, rtol=1e-5, atol=1e-5)
     assert torch.allclose(together[1], layer.magnitude_offset.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "dense"])
+def test_dropout_s_gradients_match_fp64(kind: str) -> None:
+    layer = make_layer(kind, dropout=0.5)
+    x, g = torch.randn(9, 128, requires_grad=True), torch.randn(9, 96)
+    torch.manual_seed(1)
+    mask = torch.nn.functional.dropout(torch.ones_like(x), 0.5).double()
+    torch.manual_seed(1)
+    y = layer(x)
+    y.backward(g)
+    W, A, B = (t.detach().double() for t in (layer.base.dequantize(), layer.lora_A, layer.lora_B))
+    x64, A, B = (t.detach().double().requires_grad_() for t in (x, A, B))
+    m = layer.magnitude().double().requires_grad_()
+    norm = (W + layer.scaling * B @ A).norm(dim=1).detach()
+    truth = m / norm * (x64 @ W.t() + layer.scaling * (x64 * mask) @ A.t() @ B.t())
+    truth.backward(g.double())
+    for ours, expected in [
+        (y, truth),
+        (x.grad, x64.grad),
+        (layer.lora_A.grad, A.grad),
+        (layer.lora_B.grad, B.grad),
+        (layer.magnitude_offset.grad, m.grad),
+    ]:
+        assert relative_error(ours.detach(), expected.detach()) < BUDGET[torch.float32]
+
+
+def test_torch_compile_steps_around_the_layer() -> None:
+    """Compiled, the norm would be guarded by the number of optimizer steps, and so compiled again after each."""
+    torch._dynamo.reset()
+    layer, other = make_layer("nf4"), make_layer("nf4")
+    plain, compiled = (torch.nn.Sequential(torch.nn.SiLU(), each, torch.nn.SiLU()) for each in (layer, other))
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (layer, other)]
+    compiled = torch.compile(compiled, backend="aot_eager")
+    x, g = torch.randn(9, 128), torch.randn(9, 96)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(12):
+        expected, ours = plain(x), compiled(x)
+        assert torch.allclose(ours, expected, rtol=1e-6, atol=1e-6)
+        expected.backward(g)
+        ours.backward(g)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def train_on_a_share(rank: int, directory: str) -> None:
+    """One of two processes: half of the batch, gradients averaged by DDP, three steps."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    layer = torch.nn.parallel.DistributedDataParallel(Checkpointed(make_layer("nf4")))
+    train(layer, slice(4 * rank, 4 * rank + 4))
+    torch.save(dict(layer.module.named_parameters()), f"{directory}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, layer: DoRALinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
+
+
+def train(layer: torch.nn.Module, share: slice) -> None:
+    generator = torch.Generator().manual_seed(3)
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        x, target = torch.randn(8, 128, generator=generator), torch.randn(8, 96, generator=generator)
+        (layer(x[share]) - target[share]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_on_a_share, (str(tmp_path),), nprocs=2)
+    alone = Checkpointed(make_layer("nf4"))
+    train(alone, slice(None))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, value in alone.named_parameters():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name].float(), value.float(), rtol=1e-4, atol=1e-5), name
