@@ -24,6 +24,7 @@ from qdora.curves import loss_series, plot_loss
 from qdora.data import EncodedData, encode, read_rows
 from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, QDoRAError, reason
 from qdora.model import load_model, load_tokenizer, trainable_parameters
+from qdora.optimizer import CompensatedAdamW
 
 __all__ = ["TrainReport", "train"]
 
@@ -128,9 +129,18 @@ def _build_trainer(model: Any, tokenizer: Any, training: Any, data: EncodedData,
             train_dataset=dataset(data),
             eval_dataset=None if evaluation is None else dataset(evaluation),
             processing_class=tokenizer,
+            optimizer_cls_and_kwargs=_own_optimizer(training),
         )
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise ConfigError(f"these training flags do not fit together: {reason(error)}") from None
+
+
+def _own_optimizer(training: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """AdamW means ours, which trains bf16 as if it were fp32; any other name is the trainer's."""
+    if training.optim not in ("adamw_torch", "adamw_torch_fused"):
+        return None
+    betas = (training.adam_beta1, training.adam_beta2)
+    return CompensatedAdamW, {"lr": training.learning_rate, "betas": betas, "eps": training.adam_epsilon}
 
 
 def _run(trainer: Any, resume: str | None) -> None:

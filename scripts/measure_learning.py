@@ -35,6 +35,11 @@ def main() -> None:
     parser.add_argument("--layout", choices=["prompt", "chat"], default="prompt")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--lr_scheduler_type", default="constant")
+    parser.add_argument("--adapter_dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
 
@@ -44,18 +49,19 @@ def main() -> None:
         train_file.write_text("".join(json.dumps(row) + "\n" for row in train_rows))
         eval_rows = lay_out(read(arguments.eval)[-48:], arguments.layout)
         tokenizer = qdora.load_tokenizer(arguments.model)
-        before = evaluate(qdora.load_model(arguments.model), tokenizer, eval_rows)
+        before = evaluate(qdora.load_model(arguments.model), tokenizer, eval_rows, arguments.max_length)
         print(f"answer loss before: {before:.4f}")
         started = time.perf_counter()
         flags: dict[str, Any] = {
             "model_name_or_path": arguments.model,
             "max_steps": arguments.steps,
-            "per_device_train_batch_size": 8,
-            "max_length": 256,
+            "per_device_train_batch_size": arguments.batch_size,
+            "max_length": arguments.max_length,
             "lora_r": 16,
             "lora_alpha": 32,
-            "learning_rate": 2e-4,
-            "lr_scheduler_type": "constant",
+            "learning_rate": arguments.learning_rate,
+            "lr_scheduler_type": arguments.lr_scheduler_type,
+            "adapter_dtype": arguments.adapter_dtype,
             "logging_steps": 10,
             "save_strategy": "no",
             "seed": arguments.seed,
@@ -63,7 +69,7 @@ def main() -> None:
         qdora.train(**flags, dataset=str(train_file), output_dir=f"{scratch}/adapter")
         seconds = time.perf_counter() - started
         model = qdora.load_model(arguments.model, adapter=f"{scratch}/adapter")
-        after = evaluate(model, tokenizer, eval_rows)
+        after = evaluate(model, tokenizer, eval_rows, arguments.max_length)
     offsets = torch.cat([layer.magnitude_offset.flatten() for layer in adapted_linears(model).values()])  # type: ignore[union-attr]
     result = {
         "layout": arguments.layout,
@@ -98,9 +104,9 @@ def lay_out(rows: list[dict[str, Any]], layout: str) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def evaluate(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
-    """Mean loss over all answer tokens, each row cut at 256 tokens as in training."""
-    encoded = encode(rows, tokenizer, max_length=256)
+def evaluate(model: Any, tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> float:
+    """Mean loss over all answer tokens, each row cut as in training."""
+    encoded = encode(rows, tokenizer, max_length)
     model.eval()
     total = 0.0
     for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True):

@@ -17,6 +17,7 @@ from qdora.base import BaseWeight
 from qdora.dense import DenseWeight
 from qdora.dora import DoRALinear, FrozenLinear
 from qdora.nf4 import NF4Weight, quantize_nf4
+from qdora.optimizer import CompensatedAdamW
 from tests.reference import dora as reference
 
 BUDGET = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
@@ -191,6 +192,7 @@ def optimizers() -> dict[str, object]:
         "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
         "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
         "sgd": lambda p: torch.optim.SGD(p, lr=1e-1),
+        "compensated": lambda p: CompensatedAdamW(p, lr=1e-2),
         "bnb32": lambda p: bnb.AdamW32bit(p, lr=1e-2),
         "bnb8": lambda p: bnb.AdamW8bit(p, lr=1e-2, min_8bit_size=1),
     }

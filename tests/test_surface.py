@@ -17,7 +17,7 @@ LAYERS = [
     {"checkpoint"},
     {"inject"},
     {"data", "dora", "curves"},
-    {"nf4", "dense", "loss", "shards", "output"},
+    {"nf4", "dense", "loss", "optimizer", "shards", "output"},
     {"base", "config"},
     {"errors"},
 ]

@@ -1,0 +1,120 @@
+"""AdamW for bf16 against torch's in fp32, where plain bf16 stands still."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qdora.errors import ConfigError
+from qdora.optimizer import CompensatedAdamW
+
+
+def run(optimizer: torch.optim.Optimizer, values: list[Tensor], gradients: list[list[Tensor]]) -> None:
+    for step in gradients:
+        for value, gradient in zip(values, step, strict=True):
+            value.grad = gradient.to(value.dtype)
+        optimizer.step()
+
+
+def start(dtype: torch.dtype, count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.rand(5, 7 + i, generator=generator) + 0.5).to(dtype).requires_grad_() for i in range(count)]
+
+
+def gradients_for(values: list[Tensor], steps: int) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [[torch.randn(value.shape, generator=generator).bfloat16() for value in values] for _ in range(steps)]
+
+
+def test_in_fp32_it_is_torch_s_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdora.optimizer._BUCKET_VALUES", 80)
+    ours, theirs = start(torch.float32), start(torch.float32)
+    settings = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+    run(CompensatedAdamW(ours, **settings), ours, gradients_for(ours, 30))
+    run(torch.optim.AdamW(theirs, **settings), theirs, gradients_for(theirs, 30))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_in_bf16_it_tracks_fp32_where_plain_bf16_stands_still() -> None:
+    """Steps of 1e-4 on values near 1, where bf16 is spaced 8e-3."""
+    exact, ours, plain = start(torch.float32), start(torch.bfloat16), start(torch.bfloat16)
+    for value, rounded in zip(exact, ours, strict=True):
+        value.data.copy_(rounded.data)
+    begun = [value.detach().clone() for value in exact]
+    steps = [[torch.ones_like(value) for value in exact]] * 200
+    run(torch.optim.AdamW(exact, lr=1e-4, weight_decay=0), exact, steps)
+    run(CompensatedAdamW(ours, lr=1e-4), ours, steps)
+    run(torch.optim.AdamW(plain, lr=1e-4, weight_decay=0), plain, steps)
+    for truth, value, still, before in zip(exact, ours, plain, begun, strict=True):
+        assert torch.equal(still, before.bfloat16())
+        assert ((value.float() - truth).abs() <= 2**-7 * truth).all()
+        assert float((before - value.float()).detach().mean()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_compensation_is_what_rounding_took() -> None:
+    exact, ours = start(torch.float32, 1), start(torch.bfloat16, 1)
+    exact[0].data.copy_(ours[0].data)
+    optimizer = CompensatedAdamW(ours, lr=1e-3)
+    gradients = gradients_for(ours, 100)
+    run(torch.optim.AdamW(exact, lr=1e-3, weight_decay=0), exact, gradients)
+    run(optimizer, ours, gradients)
+    whole = ours[0].detach().float() + optimizer.state[ours[0]]["compensation"].float()
+    moved = (exact[0] - start(torch.bfloat16, 1)[0].float()).detach()
+    assert ((whole - exact[0].detach()).norm() / moved.norm()) < 0.02
+
+
+def test_the_second_moment_falls_as_it_should() -> None:
+    value = [torch.zeros(100_000, dtype=torch.bfloat16, requires_grad=True)]
+    optimizer = CompensatedAdamW(value, lr=1e-3)
+    torch.manual_seed(0)
+    run(optimizer, value, [[torch.ones(100_000)], *[[torch.zeros(100_000)]] * 500])
+    mean = float(optimizer.state[value[0]]["exp_avg_sq"].float().mean())
+    assert mean == pytest.approx(1e-3 * 0.999**500, rel=0.01)
+
+
+def test_it_takes_two_bytes_a_parameter_more_than_plain_bf16() -> None:
+    def state_bytes(optimizer: torch.optim.Optimizer, values: list[Tensor]) -> int:
+        run(optimizer, values, gradients_for(values, 1))
+        states = optimizer.state.values()
+        return sum(t.nbytes for state in states for t in state.values() if torch.is_tensor(t) and t.dim() > 0)
+
+    ours, plain = start(torch.bfloat16), start(torch.bfloat16)
+    values = sum(value.numel() for value in ours)
+    assert state_bytes(CompensatedAdamW(ours), ours) == state_bytes(torch.optim.AdamW(plain), plain) + 2 * values
+
+
+def test_resuming_gives_the_same_bits() -> None:
+    values, again = start(torch.bfloat16), start(torch.bfloat16)
+    gradients = gradients_for(values, 10)
+    optimizer = CompensatedAdamW(values, lr=1e-2)
+    torch.manual_seed(0)
+    run(optimizer, values, gradients[:5])
+    saved, bits = optimizer.state_dict(), torch.get_rng_state()
+    for value, copy in zip(values, again, strict=True):
+        copy.data.copy_(value.data)
+    saved = torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, saved)
+    run(optimizer, values, gradients[5:])
+    resumed = CompensatedAdamW(again, lr=1e-2)
+    resumed.load_state_dict(saved)
+    torch.set_rng_state(bits)
+    run(resumed, again, gradients[5:])
+    for a, b in zip(values, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_closures_and_other_dtypes() -> None:
+    value = torch.ones(3, requires_grad=True)
+    optimizer = CompensatedAdamW([value], lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = value.sum()
+        loss.backward()
+        return loss
+
+    assert float(optimizer.step(closure)) == 3
+    assert torch.allclose(value, torch.full((3,), 0.9))
+    with pytest.raises(ConfigError, match=r"float32 and bfloat16, found torch\.float16"):
+        CompensatedAdamW([torch.ones(3, dtype=torch.float16, requires_grad=True)])
