@@ -10,7 +10,8 @@ the probability that keeps its mean, so that it drifts as it should. The first m
 be rounded as it comes. Memory: 2 + 2 + 2 bytes a parameter beside the parameter itself.
 
 The rejected alternatives: an fp32 copy of each parameter (10 bytes); torch-optimi's AdamW, which compensates the
-parameter and not the second moment; torchao's, which rounds the parameter stochastically, and so shakes it a little at
+parameter and not the second moment (500 steps after one large gradient it stood at 3.6 times its value, and torch's own
+at 1.6 times); torchao's, which rounds the parameter stochastically, and so shakes it a little at
 each step.
 
 The random bits come from torch's generator of the parameter's device, so a seed repeats a run, and a trainer that saves

@@ -184,6 +184,13 @@ def test_the_factored_norm_is_the_dense_norm(kind: str, in_features: int) -> Non
     assert relative_error(layer.weight_norm(), true_norm(layer).detach()) < 1e-6
 
 
+BNB_SETTINGS = {
+    **{name: {"lr": 1e-2, "min_8bit_size": 1} for name in ("AdamW8bit", "PagedAdamW8bit")},
+    **{name: {"lr": 1e-3} for name in ("Lion32bit", "Lion8bit")},
+    "SGD8bit": {"lr": 1e-1, "momentum": 0.9},
+}
+
+
 def optimizers() -> dict[str, object]:
     import bitsandbytes.optim as bnb
 
@@ -193,8 +200,13 @@ def optimizers() -> dict[str, object]:
         "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
         "sgd": lambda p: torch.optim.SGD(p, lr=1e-1),
         "compensated": lambda p: CompensatedAdamW(p, lr=1e-2),
-        "bnb32": lambda p: bnb.AdamW32bit(p, lr=1e-2),
-        "bnb8": lambda p: bnb.AdamW8bit(p, lr=1e-2, min_8bit_size=1),
+        **{
+            name: lambda p, name=name: getattr(bnb, name)(p, **BNB_SETTINGS.get(name, {"lr": 1e-2}))
+            for name in (
+                *("AdamW32bit", "AdamW8bit", "PagedAdamW32bit", "PagedAdamW8bit", "Lion32bit", "Lion8bit"),
+                *("AdEMAMix8bit", "RMSprop8bit", "Adagrad8bit", "SGD8bit"),
+            )
+        },
     }
 
 

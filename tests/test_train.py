@@ -61,6 +61,14 @@ def test_the_other_methods(flags: dict[str, Any], tiny: Path, pairs_file: Path, 
     assert config["use_dora"] is flags.get("use_dora", True)
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "lion_8bit", "adafactor"])
+def test_optimizers_by_their_names(optim: str, tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    report = quick(tiny_nf4, pairs_file, tmp_path, max_steps=6, save_strategy="no", optim=optim, learning_rate=2e-3)
+    assert report.last_loss < report.first_loss
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
     flags = {"save_steps": 3, "lr_scheduler_type": "linear", "max_steps": 6, "lora_dropout": 0.1}
     quick(tiny_nf4, pairs_file, tmp_path / "whole", **flags)
