@@ -11,14 +11,10 @@
 Where does an answer begin? The text is rendered whole and tokenized once, so that the tokens are those of the text the
 model will see, and each token is placed by its offsets: whatever reaches past the beginning of an answer belongs to it.
 Tokenizing the parts apart would be simpler and wrong for tokenizers that put a space before each part.
-
-A row counts from 1, as editors do.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +22,10 @@ from typing import Any
 
 from qdora.errors import DataError
 from qdora.loss import IGNORED
+from qdora.rows import Row, parse_json
 
-__all__ = ["EncodedData", "Rendered", "encode", "read_rows", "recognize", "render"]
+__all__ = ["EncodedData", "Rendered", "encode", "recognize", "render"]
 
-Row = dict[str, Any]
 _CHAT, _SHAREGPT, _ALPACA, _PAIR, _TEXT = "messages", "sharegpt", "alpaca", "prompt/completion", "text"
 _COLUMNS = {
     _CHAT: ("messages",),
@@ -101,32 +97,6 @@ class EncodedData:
         if self.dropped:
             text += f"; {self.dropped} rows without an answer (within max_length) left out"
         return text
-
-
-def read_rows(source: str | Path, split: str = "train") -> list[Row]:
-    """The rows of a data file (.jsonl, .json, .csv, .parquet) or of a Hub data set's split.
-
-    Raises:
-        DataError: missing, unreadable, empty, or of another kind; a bad line is named by its number.
-    """
-    path = Path(source)
-    reader = _READERS.get(path.suffix.lower())
-    if path.is_file():
-        if reader is None:
-            raise DataError(f"{path} is none of {', '.join(_READERS)}")
-        try:
-            rows = reader(path)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from None
-    elif reader is not None or path.is_absolute() or str(source).startswith((".", "~")) or path.is_dir():
-        raise DataError(f"no data file at {path}: name a {', '.join(_READERS)} file, or a data set on the Hub")
-    else:
-        rows = _read_hub(str(source), split)
-    if not rows:
-        raise DataError(f"{source} has no rows")
-    return rows
 
 
 def recognize(rows: Sequence[Row], source: str | Path) -> str:
@@ -295,7 +265,7 @@ def _tools(row: Row, where: str) -> list[Any] | None:
     """The functions that the model may call, as the template wants them: a list of JSON schemas."""
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
-        tools = _parsed(tools, f"{where}, tools")
+        tools = parse_json(tools, f"{where}, tools")
     if not tools:
         return None
     if not isinstance(tools, list):
@@ -333,78 +303,3 @@ def _message(turn: Row, role_key: str, content_key: str, where: str) -> Row:
     others = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
     without_words = bool(others.get("tool_calls")) and turn.get(content_key) is None
     return {**others, "role": role, "content": "" if without_words else _text(turn, content_key, where)}
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                rows.append(_parse(line, f"{path}, line {number}"))
-    return rows
-
-
-def _read_json(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip()[:1] == "{":
-        return _read_jsonl(path)
-    rows = _parsed(text, str(path))
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path} must be a JSON list of objects, one a row")
-    return rows
-
-
-def _parse(line: str, where: str) -> Row:
-    row = _parsed(line, where)
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    return row
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error})") from None
-
-
-def _read_csv(path: Path) -> list[Row]:
-    csv.field_size_limit(2**31 - 1)  # a document may well stand in one field
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            rows = list(csv.DictReader(file, strict=True))
-        except csv.Error as error:
-            raise DataError(f"{path} is not valid CSV: {error}") from None
-    for number, row in enumerate(rows, 1):
-        if None in row:
-            raise DataError(f"{path}, row {number}: more fields than the header has; put text with commas in quotes")
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not valid Parquet: {error}") from None
-
-
-def _read_hub(name: str, split: str) -> list[Row]:
-    from datasets import load_dataset
-
-    try:
-        return list(load_dataset(name, split=split))
-    except Exception as error:
-        # datasets raises a dozen kinds, from network errors to unknown splits
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise DataError(f"no data at {name}: not a file here, and the Hub gave none ({lines[0]})") from None
-
-
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}

@@ -25,18 +25,11 @@ from qdora.checkpoint import AdapterFile, LinearAdapter, read_adapter
 from qdora.dense import DenseWeight
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError, NumericsError
-from qdora.model import (
-    Linears,
-    compute_dtype,
-    copy_side_files,
-    is_nf4_checkpoint,
-    load_tokenizer,
-    local_model,
-    model_linears,
-)
+from qdora.model import Linears, compute_dtype, is_nf4_checkpoint, load_tokenizer, model_linears
 from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4
 from qdora.output import check_output, new_directory, write_json
 from qdora.shards import ShardReader, ShardWriter, format_bytes, parse_size
+from qdora.sources import copy_side_files, local_model
 from qdora.verify import Comparison, compare, fits_in_memory
 
 __all__ = ["MergeReport", "merge"]

@@ -7,11 +7,7 @@ trained; since the linears are ours, the marks would be untrue, and they are tak
 
 from __future__ import annotations
 
-import logging
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,14 +31,12 @@ from qdora import checkpoint
 from qdora.config import AdapterConfig
 from qdora.errors import CheckpointError, ConfigError, reason
 from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
-from qdora.shards import INDEX_FILE, ShardReader
+from qdora.shards import ShardReader
+from qdora.sources import local_model, quietly
 
-__all__ = ["Linears", "compute_dtype", "load_model", "load_tokenizer", "local_model", "model_linears", "nf4_config"]
+__all__ = ["Linears", "compute_dtype", "load_model", "load_tokenizer", "model_linears", "nf4_config"]
 
-_logger = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
-_NOT_COPIED = (INDEX_FILE, "config.json", "adapter_config.json", "trainer_state.json")
 
 
 def load_model(
@@ -77,7 +70,7 @@ def load_model(
     packed = _check_quantization(config, source)
     ShardReader(source)  # finds damaged files, and says so better than the loading below
     quantization = None if packed or not load_in_4bit else nf4_config(compute_dtype(dtype))
-    with _quietly():
+    with quietly():
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -165,7 +158,7 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
-        with torch.device("meta"), _quietly():
+        with torch.device("meta"), quietly():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         # a config may be nonsense in more ways than there are kinds of errors
@@ -237,76 +230,6 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return picked
 
 
-def local_model(path: str | Path) -> Path:
-    """The directory of a model: `path` itself, or a Hub id's files, downloaded.
-
-    Raises:
-        CheckpointError: no such directory, and no such model on the Hub.
-    """
-    directory = Path(path)
-    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
-        raise CheckpointError(f"{path} is an adapter, not a model; name the model it was trained on")
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise CheckpointError(f"{path} is not a model directory: it has no config.json")
-        return directory
-    if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise CheckpointError(f"no model at {path}: expected a directory with config.json, or a Hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", *_SIDE_FILES]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"no model at {path}: not a directory here, and the Hub gave none ({reason(error)})"
-        ) from None
-
-
-def find_gguf(path: str | Path) -> Path | None:
-    """The GGUF file that `path` is or, being a directory without a config, holds.
-
-    Raises:
-        CheckpointError: the directory holds several.
-    """
-    candidate = Path(path)
-    if candidate.suffix == ".gguf" and candidate.is_file():
-        return candidate
-    if not candidate.is_dir() or (candidate / "config.json").is_file():
-        return None
-    files = sorted(candidate.glob("*.gguf"))
-    if len(files) > 1:
-        raise CheckpointError(f"{path} holds {len(files)} GGUF files ({files[0].name}, …); name one of them")
-    return files[0] if files else None
-
-
-def gguf_to_directory(file: Path, directory: Path, dtype: torch.dtype, max_shard_size: int) -> None:
-    """Unpack a GGUF file to a model directory. Unlike the rest, this holds the whole model in memory.
-
-    Raises:
-        CheckpointError: damaged, or of an architecture that transformers does not read from GGUF.
-    """
-    try:
-        with _quietly():
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
-            )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model.save_pretrained(directory, max_shard_size=max_shard_size)
-            tokenizer.save_pretrained(directory)
-    except Exception as error:
-        # gguf and transformers raise IndexError, struct.error, KeyError and more on a damaged file
-        raise CheckpointError(f"{file} cannot be read as GGUF: {reason(error)}") from None
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Tokenizer, chat template, generation config: whatever travels with a model besides weights and config."""
-    for pattern in _SIDE_FILES:
-        for file in sorted(source.glob(pattern)):
-            if file.name not in _NOT_COPIED:
-                shutil.copyfile(file, target / file.name)
-
-
 def _load_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -356,22 +279,6 @@ def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep transformers' loading bars and advice out of our output; errors still come as exceptions."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def trainable_parameters(model: nn.Module) -> int:

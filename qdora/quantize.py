@@ -18,21 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qdora.errors import CheckpointError
-from qdora.model import (
-    Linears,
-    compute_dtype,
-    copy_side_files,
-    find_gguf,
-    gguf_to_directory,
-    is_nf4_checkpoint,
-    local_model,
-    model_linears,
-    nf4_config,
-    pick_device,
-)
+from qdora.model import Linears, compute_dtype, is_nf4_checkpoint, model_linears, nf4_config, pick_device
 from qdora.nf4 import NF4Weight, quantize_nf4
 from qdora.output import check_output, new_directory, write_json
 from qdora.shards import ShardReader, ShardWriter, format_bytes, parse_size
+from qdora.sources import copy_side_files, find_gguf, gguf_to_directory, local_model
 
 __all__ = ["QuantizeReport", "quantize"]
 

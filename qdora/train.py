@@ -21,10 +21,11 @@ from transformers import TrainerState, set_seed
 
 from qdora.arguments import RunArguments, adapter_config, flags_of, parse_train
 from qdora.curves import loss_series, plot_loss
-from qdora.data import EncodedData, encode, read_rows
+from qdora.data import EncodedData, encode
 from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, QDoRAError, reason
 from qdora.model import load_model, load_tokenizer, trainable_parameters
 from qdora.optimizer import CompensatedAdamW
+from qdora.rows import read_rows
 
 __all__ = ["TrainReport", "train"]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import processors
 
-from qdora.data import IGNORED, encode, read_rows, recognize
+from qdora.data import IGNORED, encode, recognize
 from qdora.errors import DataError
 from tests.conftest import make_tokenizer
 
@@ -136,47 +134,6 @@ def test_an_unknown_layout_lists_the_known(tokenizer: Any) -> None:
         encode([{"question": "x", "answer": "y"}], tokenizer, None)
 
 
-def test_files(tmp_path: Path) -> None:
-    rows = [{"prompt": "a\u2028b", "completion": "é"}, {"prompt": "c,d", "completion": "\n"}]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", "utf-8")
-    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8")
-    (tmp_path / "b.json").write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    (tmp_path / "a.csv").write_text('prompt,completion\n"a\u2028b",é\n"c,d","\n"\n', "utf-8")
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for name in ("a.jsonl", "a.json", "b.json", "a.csv", "a.parquet"):
-        assert read_rows(tmp_path / name) == rows, name
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2: not valid JSON"),
-        ("a.jsonl", b"[1]\n", "line 1: expected a JSON object, found list"),
-        ("a.jsonl", b"\n", "has no rows"),
-        ("a.jsonl", b'{"a": "\xff"}\n', "not UTF-8"),
-        ("a.json", b"[1, 2]", "must be a JSON list of objects"),
-        ("a.json", b"[" * 100_000, "not valid JSON"),
-        ("a.csv", b'a,b\n"x', "not valid CSV"),
-        ("a.csv", b"a,b\n1,2\n1,2,3\n", "row 2: more fields than the header has"),
-        ("a.parquet", b"PAR1", "not valid Parquet"),
-        ("a.txt", b"hello", "is none of .jsonl"),
-    ],
-)
-def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_rows(tmp_path / name)
-
-
-def test_missing_files(tmp_path: Path) -> None:
-    for name in ("missing.jsonl", "missing"):
-        with pytest.raises(DataError, match="no data file at"):
-            read_rows(tmp_path / name)
-
-
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if loop.last and m['role'] == 'assistant' %}(hm) {% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -236,8 +193,3 @@ def test_the_end_that_the_tokenizer_adds_is_learned() -> None:
 def test_an_answer_with_nothing_before_it_is_no_answer(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="every label would be masked"):
         encode([{"text": "The lazy dog"}], tokenizer, 1)
-
-
-def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes("\ufefftext\n".encode() + b"x" * 200_000 + b"\n")
-    assert read_rows(tmp_path / "a.csv") == [{"text": "x" * 200_000}]

@@ -14,10 +14,10 @@ LAYERS = [
     {"quantize", "train", "merge"},
     {"trainer", "verify"},
     {"arguments", "model"},
-    {"checkpoint"},
+    {"checkpoint", "sources"},
     {"inject"},
     {"data", "dora", "curves"},
-    {"nf4", "dense", "loss", "optimizer", "shards", "output"},
+    {"nf4", "dense", "loss", "optimizer", "rows", "shards", "output"},
     {"base", "config"},
     {"errors"},
 ]

@@ -1,0 +1,124 @@
+"""Reading data files: rows as they stand, whatever their layout.
+
+A row counts from 1, as editors do.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qdora.errors import DataError
+
+__all__ = ["Row", "parse_json", "read_rows"]
+
+Row = dict[str, Any]
+
+
+def read_rows(source: str | Path, split: str = "train") -> list[Row]:
+    """The rows of a data file (.jsonl, .json, .csv, .parquet) or of a Hub data set's split.
+
+    Raises:
+        DataError: missing, unreadable, empty, or of another kind; a bad line is named by its number.
+    """
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    if path.is_file():
+        if reader is None:
+            raise DataError(f"{path} is none of {', '.join(_READERS)}")
+        try:
+            rows = reader(path)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+    elif reader is not None or path.is_absolute() or str(source).startswith((".", "~")) or path.is_dir():
+        raise DataError(f"no data file at {path}: name a {', '.join(_READERS)} file, or a data set on the Hub")
+    else:
+        rows = _read_hub(str(source), split)
+    if not rows:
+        raise DataError(f"{source} has no rows")
+    return rows
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A JSON value.
+
+    Raises:
+        DataError: it is none; `where` says whose.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error})") from None
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                rows.append(_parse(line, f"{path}, line {number}"))
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip()[:1] == "{":
+        return _read_jsonl(path)
+    rows = parse_json(text, str(path))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} must be a JSON list of objects, one a row")
+    return rows
+
+
+def _parse(line: str, where: str) -> Row:
+    row = parse_json(line, where)
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def _read_csv(path: Path) -> list[Row]:
+    csv.field_size_limit(2**31 - 1)  # a document may well stand in one field
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            rows = list(csv.DictReader(file, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path} is not valid CSV: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise DataError(f"{path}, row {number}: more fields than the header has; put text with commas in quotes")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is not valid Parquet: {error}") from None
+
+
+def _read_hub(name: str, split: str) -> list[Row]:
+    from datasets import load_dataset
+
+    try:
+        return list(load_dataset(name, split=split))
+    except Exception as error:
+        # datasets raises a dozen kinds, from network errors to unknown splits
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise DataError(f"no data at {name}: not a file here, and the Hub gave none ({lines[0]})") from None
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

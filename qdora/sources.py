@@ -1,0 +1,108 @@
+"""Where a model comes from: a directory, the Hub, a GGUF file; and what travels with it besides its weights."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from qdora.errors import CheckpointError, reason
+from qdora.shards import INDEX_FILE
+
+__all__ = ["copy_side_files", "find_gguf", "gguf_to_directory", "local_model", "quietly"]
+
+_logger = logging.getLogger(__name__)
+_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+_NOT_COPIED = (INDEX_FILE, "config.json", "adapter_config.json", "trainer_state.json")
+
+
+def local_model(path: str | Path) -> Path:
+    """The directory of a model: `path` itself, or a Hub id's files, downloaded.
+
+    Raises:
+        CheckpointError: no such directory, and no such model on the Hub.
+    """
+    directory = Path(path)
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise CheckpointError(f"{path} is an adapter, not a model; name the model it was trained on")
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise CheckpointError(f"{path} is not a model directory: it has no config.json")
+        return directory
+    if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise CheckpointError(f"no model at {path}: expected a directory with config.json, or a Hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", *_SIDE_FILES]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"no model at {path}: not a directory here, and the Hub gave none ({reason(error)})"
+        ) from None
+
+
+def find_gguf(path: str | Path) -> Path | None:
+    """The GGUF file that `path` is or, being a directory without a config, holds.
+
+    Raises:
+        CheckpointError: the directory holds several.
+    """
+    candidate = Path(path)
+    if candidate.suffix == ".gguf" and candidate.is_file():
+        return candidate
+    if not candidate.is_dir() or (candidate / "config.json").is_file():
+        return None
+    files = sorted(candidate.glob("*.gguf"))
+    if len(files) > 1:
+        raise CheckpointError(f"{path} holds {len(files)} GGUF files ({files[0].name}, …); name one of them")
+    return files[0] if files else None
+
+
+def gguf_to_directory(file: Path, directory: Path, dtype: torch.dtype, max_shard_size: int) -> None:
+    """Unpack a GGUF file to a model directory. Unlike the rest, this holds the whole model in memory.
+
+    Raises:
+        CheckpointError: damaged, or of an architecture that transformers does not read from GGUF.
+    """
+    try:
+        with quietly():
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
+            tokenizer.save_pretrained(directory)
+    except Exception as error:
+        # gguf and transformers raise IndexError, struct.error, KeyError and more on a damaged file
+        raise CheckpointError(f"{file} cannot be read as GGUF: {reason(error)}") from None
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Tokenizer, chat template, generation config: whatever travels with a model besides weights and config."""
+    for pattern in _SIDE_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.name not in _NOT_COPIED:
+                shutil.copyfile(file, target / file.name)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep transformers' loading bars and advice out of our output; errors still come as exceptions."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,57 @@
+"""Data files of each kind, whole and damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qdora.errors import DataError
+from qdora.rows import read_rows
+
+
+def test_files(tmp_path: Path) -> None:
+    rows = [{"prompt": "a\u2028b", "completion": "é"}, {"prompt": "c,d", "completion": "\n"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", "utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(rows), "utf-8")
+    (tmp_path / "b.json").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    (tmp_path / "a.csv").write_text('prompt,completion\n"a\u2028b",é\n"c,d","\n"\n', "utf-8")
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "b.json", "a.csv", "a.parquet"):
+        assert read_rows(tmp_path / name) == rows, name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2: not valid JSON"),
+        ("a.jsonl", b"[1]\n", "line 1: expected a JSON object, found list"),
+        ("a.jsonl", b"\n", "has no rows"),
+        ("a.jsonl", b'{"a": "\xff"}\n', "not UTF-8"),
+        ("a.json", b"[1, 2]", "must be a JSON list of objects"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
+        ("a.csv", b'a,b\n"x', "not valid CSV"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "row 2: more fields than the header has"),
+        ("a.parquet", b"PAR1", "not valid Parquet"),
+        ("a.txt", b"hello", "is none of .jsonl"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    for name in ("missing.jsonl", "missing"):
+        with pytest.raises(DataError, match="no data file at"):
+            read_rows(tmp_path / name)
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("\ufefftext\n".encode() + b"x" * 200_000 + b"\n")
+    assert read_rows(tmp_path / "a.csv") == [{"text": "x" * 200_000}]
