@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -54,7 +55,7 @@ class AdapterConfig:
             if not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"rank must be a whole number of at least 1, found {name}={rank!r}")
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
+            if not (isinstance(alpha, int | float) and 0 < alpha <= sys.float_info.max):
                 raise ConfigError(f"alpha must be a positive number, found {name}={alpha!r}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), found {self.dropout!r}")

@@ -35,6 +35,7 @@ def test_patterns_and_scaling() -> None:
         ({"rank": 1.5}, "rank=1.5"),
         ({"alpha": -1.0}, "alpha=-1.0"),
         ({"alpha": float("nan")}, "alpha=nan"),
+        ({"alpha": 10**400}, "alpha=1000"),
         ({"dropout": 1.0}, "dropout"),
         ({"target_modules": []}, "at least one"),
         ({"target_modules": "(("}, "regular expression"),
