@@ -3,7 +3,8 @@
     python scripts/compare_with_peft.py --model runs/demo/base-nf4 --data gsm8k_train.jsonl --out curve.json
 
 Both train fp32 adapters with torch's AdamW on the same NF4 weights; PEFT loads its start from the adapter that qdora
-saved. What differs is the engine: the factored norm, c in the absmax, tiles, and where bf16 rounds.
+saved. What differs is the engine: the factored norm, c in the absmax, tiles, and where bf16 rounds. `--dtype float32`
+takes that last difference away.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=192)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the arithmetic")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = lay_out(read(arguments.data)[: arguments.steps * arguments.batch_size], "prompt")
@@ -43,14 +45,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as start:
         torch.manual_seed(0)
         config = qdora.AdapterConfig(rank=16, alpha=32, dtype="float32")
-        ours = qdora.load_model(arguments.model, adapter=config)
+        ours = qdora.load_model(arguments.model, adapter=config, dtype=arguments.dtype)
         qdora.save_adapter(ours, start)
         curves = {"qdora": curve(ours, ours, data, arguments)}
         del ours
         base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+        if arguments.dtype == "float32":
+            in_fp32(base)
         theirs = PeftModel.from_pretrained(base, start, is_trainable=True)
         curves["peft"] = curve(theirs, base, data, arguments)
     report(curves, arguments)
+
+
+def in_fp32(model: Any) -> None:
+    """transformers keeps a 4-bit model's other weights in their 16 bits, and bitsandbytes rounds to its compute dtype."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
 
 
 def curve(adapted: Any, model: Any, data: EncodedData, arguments: argparse.Namespace) -> list[float]:
@@ -89,7 +103,7 @@ def report(curves: dict[str, list[float]], arguments: argparse.Namespace) -> Non
         "relative_gap_of_the_mean": abs(means["qdora"] - means["peft"]) / means["peft"],
         "mean_loss": means,
         "curves": {name: [round(loss, 5) for loss in losses] for name, losses in curves.items()},
-        "settings": {name: getattr(arguments, name) for name in ("steps", "batch_size", "max_length", "learning_rate")},
+        "settings": {name: getattr(arguments, name) for name in ("steps", "batch_size", "max_length", "learning_rate", "dtype")},
         "data": arguments.data.name,
         "versions": {name: version(name) for name in ("qdora", "torch", "peft", "bitsandbytes", "transformers")},
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
