@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from qdora import __version__
 from qdora.arguments import common_flags
-from qdora.errors import ConfigError, QDoRAError
+from qdora.errors import ConfigError, QDoRAError, reason
 from qdora.merge import merge
 from qdora.quantize import quantize
 from qdora.train import train_from_arguments
@@ -53,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _quantize_or_merge(_parser().parse_args(given))
     except QDoRAError as error:
         print(f"qdora: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"qdora: out of memory: {reason(error)}; a smaller model, batch or length may fit", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("qdora: interrupted", file=sys.stderr)

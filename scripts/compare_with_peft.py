@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def in_fp32(model: Any) -> None:
-    """transformers keeps a 4-bit model's other weights in their 16 bits, and bitsandbytes rounds to its compute dtype."""
+    """transformers keeps a 4-bit model's other weights in 16 bits; bitsandbytes rounds to its compute dtype."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
@@ -103,7 +103,9 @@ def report(curves: dict[str, list[float]], arguments: argparse.Namespace) -> Non
         "relative_gap_of_the_mean": abs(means["qdora"] - means["peft"]) / means["peft"],
         "mean_loss": means,
         "curves": {name: [round(loss, 5) for loss in losses] for name, losses in curves.items()},
-        "settings": {name: getattr(arguments, name) for name in ("steps", "batch_size", "max_length", "learning_rate", "dtype")},
+        "settings": {
+            name: getattr(arguments, name) for name in ("steps", "batch_size", "max_length", "learning_rate", "dtype")
+        },
         "data": arguments.data.name,
         "versions": {name: version(name) for name in ("qdora", "torch", "peft", "bitsandbytes", "transformers")},
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from qdora import cli
 from qdora.cli import main
 from tests.conftest import make_model
 
@@ -119,6 +121,15 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert message in error
     assert "Traceback" not in error
     assert sorted(path.name for path in place.rglob("*")) == before
+
+
+def test_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB\nof 1 GiB")
+
+    monkeypatch.setattr(cli, "quantize", full)
+    assert main(["quantize", "a", "b"]) == 2
+    assert capsys.readouterr().err.startswith("qdora: out of memory: tried to allocate 2 GiB of 1 GiB; a smaller")
 
 
 def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
