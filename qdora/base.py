@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol, Self
 
 import torch
@@ -19,6 +19,7 @@ class BaseWeight(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]: ...
     def linear(self, x_TI: Tensor, row_scale_O: Tensor | None = None) -> Tensor: ...
     def linear_transposed(self, g_TO: Tensor, row_scale_O: Tensor | None = None) -> Tensor: ...
     def row_norms_squared(self) -> Tensor: ...

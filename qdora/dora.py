@@ -7,8 +7,8 @@
 
 With c = m/‖V‖ this is  y = c ⊙ (x·Wᵀ + s·(x·Aᵀ)·Bᵀ), and what follows rests on three observations.
 
-1. The norm needs no product B·A. ‖V‖² = ‖W‖² + 2s·Σₖ B⊙(W·Aᵀ) + s²·Σₖ (B·(A·Aᵀ))⊙B, row by row: ‖W‖² is computed
-   once, at load, and W·Aᵀ is a forward of `rank` tokens, in the dtype of the forward (its rounding enters the norm
+1. The norm needs no product B·A. ‖V‖² = ‖W‖² + Σₖ (2s·W·Aᵀ + s²·B·(A·Aᵀ))⊙B, row by row: ‖W‖² is computed
+   once, at load, and W·Aᵀ is one more pass over the tiles, in the dtype of the forward (its rounding enters the norm
    shrunk by the size of the update: 1e-5 in bf16); the sums are fp32.
 2. It changes only when the adapter does: once an optimizer step, not for each micro-batch, and not again in the
    recompute under gradient checkpointing. Tensor versions alone cannot tell when that is (fused AdamW and all of
@@ -50,7 +50,10 @@ from qdora.base import BaseWeight, KeepsDtype
 __all__ = ["DoRALinear", "FrozenLinear", "RowScale", "merge_rows"]
 
 _SMALLEST_SCALE = 2.0**-60
-_REDUCE_BYTES = 4 * 2**20
+# Small enough for the allocator to keep at hand on the CPU: 3 MiB temporaries cost ten times their arithmetic in page
+# faults. An accelerator pays for each launch instead.
+_REDUCE_BYTES = {"cpu": 2**20}
+_REDUCE_BYTES_ELSEWHERE = 64 * 2**20
 
 _optimizer_steps = 0
 
@@ -200,7 +203,7 @@ class DoRALinear(nn.Module):
         self.magnitude_offset: nn.Parameter | None = None
         if use_dora:
             self.magnitude_offset = nn.Parameter(torch.zeros(base.out_features, dtype=dtype, device=base.device))
-            self._norms_squared = _Constant(base.row_norms_squared())
+            self._base_norm = _Constant(base.row_norms_squared().sqrt())
         self._row_scale: tuple[Any, RowScale] | None = None
 
     def extra_repr(self) -> str:
@@ -238,10 +241,11 @@ class DoRALinear(nn.Module):
 
     @torch.no_grad()
     def _compute_row_scale(self, dtype: torch.dtype) -> RowScale:
-        norm_O, magnitude_O = self.weight_norm(dtype), self.magnitude()
-        scale_O = torch.where(norm_O > 0, magnitude_O / norm_O, 1.0)
+        norm_O = self.weight_norm(dtype)
+        is_zero_O = norm_O == 0
+        scale_O = (self.magnitude() / norm_O).masked_fill_(is_zero_O, 1)
         scale_O = torch.where(scale_O.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE, scale_O)
-        return RowScale(scale_O, torch.where(norm_O > 0, 1 / (scale_O * norm_O), 0.0))
+        return RowScale(scale_O, (scale_O * norm_O).reciprocal_().masked_fill_(is_zero_O, 0))
 
     @torch.no_grad()
     def weight_norm(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -250,23 +254,23 @@ class DoRALinear(nn.Module):
         Args:
             dtype: of the product W·Aᵀ; everything else is fp32.
         """
-        A_RI, B_OR = self.lora_A.float(), self.lora_B.float()
+        s, A_RI, B_OR = self.scaling, self.lora_A.float(), self.lora_B.float()
         with torch.autocast(A_RI.device.type, enabled=False):
-            cross_O = (B_OR * self.base.linear(self.lora_A.to(dtype)).t()).sum(dim=1)
-            square_O = (B_OR @ (A_RI @ A_RI.t()) * B_OR).sum(dim=1)
-        total_O = self._norms_squared.value + 2 * self.scaling * cross_O + self.scaling**2 * square_O
-        return total_O.clamp_(min=0).sqrt_()
+            At_IR = self.lora_A.to(dtype).t()
+            WAt_OR = torch.cat([tile_OI @ At_IR for _, tile_OI in self.base.tiles(dtype)]).float()
+            change_OR = torch.addmm(WAt_OR, B_OR, A_RI @ A_RI.t(), beta=2 * s, alpha=s**2).mul_(B_OR)
+        return change_OR.sum(dim=1).addcmul_(self.base_norm(), self.base_norm()).clamp_(min=0).sqrt_()
 
     @torch.no_grad()
     def base_norm(self) -> Tensor:
         """‖W‖ of each row, (O,) fp32: the magnitude that a fresh adapter has."""
-        return self._norms_squared.value.sqrt()
+        return self._base_norm.value
 
     @torch.no_grad()
     def magnitude(self) -> Tensor:
         """m = ‖W‖ + δ, (O,) fp32."""
         assert self.magnitude_offset is not None
-        return self.base_norm() + self.magnitude_offset.float()
+        return self.base_norm() + self.magnitude_offset
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -312,9 +316,14 @@ def _scaled(M_OR: Tensor, c_O: Tensor | None, scaling: float) -> Tensor:
 
 
 def _column_dots(a_TO: Tensor, b_TO: Tensor) -> Tensor:
-    """Σₜ a ⊙ b for each column, (O,) fp32, a few rows at a time so that no whole fp32 copy exists."""
-    rows = max(1, _REDUCE_BYTES // (4 * a_TO.shape[1]))
+    """Σₜ a ⊙ b for each column, (O,) fp32, a few rows at a time so that no whole product exists.
+
+    bf16 factors are multiplied in bf16, which rounds each product as much as its factors were; fp16 would overflow.
+    """
+    dtype = torch.float32 if a_TO.dtype == torch.float16 else a_TO.dtype
+    limit = _REDUCE_BYTES.get(a_TO.device.type, _REDUCE_BYTES_ELSEWHERE)
+    rows = max(1, limit // (dtype.itemsize * a_TO.shape[1]))
     total_O = torch.zeros(a_TO.shape[1], dtype=torch.float32, device=a_TO.device)
     for a, b in zip(a_TO.split(rows), b_TO.split(rows), strict=True):
-        total_O += (a.float() * b.float()).sum(dim=0)
+        total_O += (a.to(dtype) * b).sum(dim=0)
     return total_O

@@ -56,6 +56,8 @@ BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 # 4 to 16 MiB measured alike on CPU (4096×11008, 1,024 tokens), 1 MiB and whole weights at up to twice the time.
 TILE_BYTES = 8 * 2**20
+# Reckoned, not yet measured: 8 MiB are too few rows to keep all processors of a large GPU busy.
+ACCELERATOR_TILE_BYTES = 64 * 2**20
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
 
 
@@ -172,7 +174,7 @@ class NF4Weight(KeepsDtype):
         if row_scale_O is not None:
             absmax = absmax * row_scale_O[:, None]
         packed = self.packed.view(rows, -1)
-        step = max(1, TILE_BYTES // (dtype.itemsize * rows * blocksize))
+        step = max(1, self._tile_bytes() // (dtype.itemsize * rows * blocksize))
         for start in range(0, absmax.shape[1], step):
             stop = min(start + step, absmax.shape[1])
             tile = torch.ops.bitsandbytes.dequantize_4bit(
@@ -185,9 +187,12 @@ class NF4Weight(KeepsDtype):
             )
             yield slice(start * blocksize, stop * blocksize), tile.view(rows, -1)
 
+    def _tile_bytes(self) -> int:
+        return TILE_BYTES if self.device.type == "cpu" else ACCELERATOR_TILE_BYTES
+
     def _tile_rows(self, dtype: torch.dtype) -> Iterator[slice]:
         unit = self.blocksize // math.gcd(self.in_features, self.blocksize)
-        step = max(1, TILE_BYTES // (dtype.itemsize * self.in_features * unit)) * unit
+        step = max(1, self._tile_bytes() // (dtype.itemsize * self.in_features * unit)) * unit
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
 

@@ -77,6 +77,7 @@ class Workload:
 # Two layers stand for a deep model, so the vocabulary is small in proportion: the head's share of the work is that of
 # the whole model.
 WORKLOADS = {
+    "tiny, 64 tokens": Workload(128, 256, 2, 4, 2, 512, 1, 64),
     "SmolLM2-135M, 512 tokens": Workload(576, 1536, 30, 9, 3, 49152, 1, 512, tied=True),
     "SmolLM2-135M, 2048 tokens": Workload(576, 1536, 30, 9, 3, 49152, 1, 2048, tied=True),
     "7B-shaped, 2 layers, 1024 tokens": Workload(4096, 11008, 2, 32, 32, 2048, 1, 1024),

@@ -13,26 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_methods import METHODS, WORKLOADS, Step, floor_flops, prepare, write_model
+from record import synchronize, write_result
 
 CPU_WORKLOADS = [name for name in WORKLOADS if name.startswith("SmolLM2") or "1024 tokens" in name]
 OURS = "qdora QDoRA"
-PACKAGES = ("qdora", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def main() -> None:
@@ -153,21 +148,8 @@ def report(workload: str, medians: dict[str, float], peaks: dict[str, int]) -> N
 
 
 def write(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    device = torch.device(arguments.device)
-    content = {
-        "command": shlex.join(["python", "scripts/bench_step.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, CPU",
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],
-        "versions": {name: version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "results": results,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_result(arguments.out, {"results": results}, arguments.device)
     draw(results, arguments.out.with_suffix(".png"))
-    print(f"\nwritten: {arguments.out}, {arguments.out.with_suffix('.png')}")
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -195,17 +177,6 @@ def model_directory(models: Path, method: str, workload: str) -> Path:
     """Workloads of one shape share their models."""
     shape = workload.rpartition(", ")[0].replace(",", "").replace(" ", "-")
     return models / f"{shape}-{METHODS[method][1]}"
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure_learning import lay_out, read
 from peft import PeftModel
+from record import write_result
 from transformers import AutoModelForCausalLM
 
 import qdora
@@ -50,21 +48,21 @@ def main() -> None:
         curves = {"qdora": curve(ours, ours, data, arguments)}
         del ours
         base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
-        if arguments.dtype == "float32":
-            in_fp32(base)
+        base = in_fp32(base) if arguments.dtype == "float32" else base
         theirs = PeftModel.from_pretrained(base, start, is_trainable=True)
         curves["peft"] = curve(theirs, base, data, arguments)
     report(curves, arguments)
 
 
-def in_fp32(model: Any) -> None:
-    """transformers keeps a 4-bit model's other weights in 16 bits; bitsandbytes rounds to its compute dtype."""
+def in_fp32(model: Any) -> Any:
+    """In place: transformers keeps what is not 4-bit in 16 bits, and bitsandbytes rounds to its compute dtype."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
     for module in model.modules():
         if hasattr(module, "compute_dtype"):
             module.compute_dtype = module.weight.quant_state.dtype = torch.float32
+    return model
 
 
 def curve(adapted: Any, model: Any, data: EncodedData, arguments: argparse.Namespace) -> list[float]:
@@ -107,14 +105,10 @@ def report(curves: dict[str, list[float]], arguments: argparse.Namespace) -> Non
             name: getattr(arguments, name) for name in ("steps", "batch_size", "max_length", "learning_rate", "dtype")
         },
         "data": arguments.data.name,
-        "versions": {name: version(name) for name in ("qdora", "torch", "peft", "bitsandbytes", "transformers")},
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "date": datetime.now(UTC).date().isoformat(),
     }
     print(json.dumps({key: value for key, value in result.items() if key != "curves"}, indent=2))
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(arguments.out, result)
 
 
 if __name__ == "__main__":

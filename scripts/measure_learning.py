@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from record import write_result
 
 import qdora
 from qdora.data import encode
@@ -80,13 +78,9 @@ def main() -> None:
         "train_seconds": round(seconds, 1),
         "flags": flags | {"model_name_or_path": Path(arguments.model).name},
         "data": [arguments.train.name, f"{arguments.eval.name}, last 48 rows"],
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "qdora": qdora.__version__},
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "date": datetime.now(UTC).date().isoformat(),
     }
     print(json.dumps(result, indent=2))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(arguments.out, result)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

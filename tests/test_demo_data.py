@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import demo_data as demo
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "demo_data.py"
-_spec = importlib.util.spec_from_file_location("demo_data", SCRIPT)
-assert _spec is not None
-assert _spec.loader is not None
-demo = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(demo)
+SCRIPT = Path(demo.__file__)
 
 KEYS = {
     "expense": ["type", "amount", "currency", "item", "place"],

@@ -7,6 +7,7 @@ sees, so what is left is the arithmetic's own rounding (2⁻⁹ for each result,
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -378,7 +379,9 @@ def train_on_a_share(rank: int, directory: str) -> None:
     layer = torch.nn.parallel.DistributedDataParallel(Checkpointed(make_layer("nf4")))
     train(layer, slice(4 * rank, 4 * rank + 4))
     torch.save(dict(layer.module.named_parameters()), f"{directory}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # Not destroy_process_group: DDP's destructor may hold the GIL while it waits for a thread of gloo that wants it.
+    os._exit(0)
 
 
 class Checkpointed(torch.nn.Module):

@@ -36,6 +36,26 @@ def test_patterns_reach_the_layers(tiny_nf4: Path) -> None:
     assert len(others) == 10
 
 
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (("q_proj", "k_proj", "v_proj", "o_proj"), {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        (r".*\.mlp\..*", {"gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_attention_or_mlp_alone(tiny_nf4: Path, targets: str | tuple[str, ...], names: set[str]) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, target_modules=targets)).train()
+    disturb(model)
+    layers = adapted_linears(model)
+    assert {path.rpartition(".")[2] for path in layers} == names
+    assert len(layers) == 2 * len(names)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(IDS, labels=IDS).loss.backward()
+    for path, layer in layers.items():
+        for name, parameter in layer.named_parameters():
+            assert not parameter.requires_grad or parameter.grad.abs().sum() > 0, f"{path}.{name}"
+
+
 def test_a_typo_in_the_targets(tiny_nf4: Path) -> None:
     for targets in (("q_proj", "qq_proj"), "nothing.*", ("lm_head",)):
         with pytest.raises(ConfigError, match=r"matches no linear; there are .*down_proj"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare_with_peft import in_fp32
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,17 +71,6 @@ def adapter(nf4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed_peer(nf4: Path) -> Any:
     """transformers with bitsandbytes' own linears; in eval they repack their weights on some CPUs, so never that."""
     return AutoModelForCausalLM.from_pretrained(nf4, dtype=torch.bfloat16).train()
-
-
-def in_fp32(model: Any) -> Any:
-    """What rounds to bf16 in a model of transformers and bitsandbytes, told not to."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    for module in model.modules():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
-    return model
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -1,0 +1,48 @@
+"""The measuring scripts run, on shapes too small to say anything, and write what a results file must hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench_methods import METHODS, WORKLOADS, Workload, floor_flops
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def run(script: str, out: Path, *flags: str) -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPTS / script), *flags, "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    written: dict[str, Any] = json.loads(out.read_text())
+    assert written["command"].startswith(f"python scripts/{script} ")
+    assert {"date", "device", "threads", "python", "versions"} <= written.keys()
+    return written
+
+
+def test_bench_step(tmp_path: Path) -> None:
+    methods = ["qdora QDoRA", "PEFT QDoRA", "matmul floor"]
+    flags = ["--workloads", "tiny, 64 tokens", "--methods", *methods, "--rounds", "1", "--steps", "1", "--ranks", "4"]
+    (result,) = run("bench_step.py", tmp_path / "step.json", *flags)["results"]
+    assert list(result["median_seconds"]) == methods
+    assert all(seconds > 0 for seconds in result["median_seconds"].values())
+    assert result["peak_bytes_above_model"].keys() == {"qdora QDoRA", "PEFT QDoRA"}
+    assert (tmp_path / "step.png").stat().st_size > 0
+
+
+def test_bench_linear(tmp_path: Path) -> None:
+    flags = ["--in_features", "128", "--out_features", "192", "--tokens", "1", "5", "--rounds", "2"]
+    table = run("bench_linear.py", tmp_path / "linear.json", *flags)["milliseconds_by_tokens"]
+    assert list(table) == ["1", "5"]
+    assert all(len(row) == 3 and min(row.values()) > 0 for row in table.values())
+
+
+def test_the_floor_counts_each_product_once() -> None:
+    one = Workload(hidden=8, intermediate=16, layers=1, heads=2, kv_heads=2, vocabulary=32, batch=1, length=4)
+    # q, k, v have no gradient of the first layer's input to make; o, gate, up, down and the head do.
+    products = 2 * 3 * 8 * 8 + 3 * (8 * 8 + 3 * 8 * 16) + 2 * 8 * 32
+    assert floor_flops(one) == 2 * 4 * products
+    assert "matmul floor" in METHODS
+    assert "tiny, 64 tokens" in WORKLOADS
