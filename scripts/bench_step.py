@@ -12,6 +12,7 @@ profiler's record of each allocation on the CPU and `max_memory_allocated` on CU
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--ranks", nargs="+", type=int, default=[16])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a process, after one to warm up")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a process, after one to warm up")
     parser.add_argument("--models", type=Path, help="where the random models are kept [a temporary directory]")
     parser.add_argument("--out", type=Path, help="a .json file; a .png is drawn beside it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +63,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"peak_bytes": peak_bytes(adapt, device)}
     step = adapt()
     step()
+    gc.collect()
+    gc.disable()  # the first full collection falls into whichever step it likes, and takes a fifth of a short one
     seconds = []
     for _ in range(arguments.steps):
         synchronize(device)
