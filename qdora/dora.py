@@ -28,6 +28,8 @@ changes no bit of the output.
 `torch.compile` steps around the layer (a graph break before and after): traced, c would be guarded by the number of
 optimizer steps and compiled anew after each, and nothing is left to fuse where the tiles' products take the time.
 
+Linears that share an input (q, k, v; gate, up) do not share a pass over it: x·Aᵀ takes 0.3 ms of a layer's 330.
+
 Dropout, if any, is on the input of the low-rank path only, so that x·Wᵀ is never thinned out.
 
 Shape suffixes: T tokens, I in_features, O out_features, R rank.
