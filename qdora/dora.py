@@ -28,7 +28,8 @@ changes no bit of the output.
 `torch.compile` steps around the layer (a graph break before and after): traced, c would be guarded by the number of
 optimizer steps and compiled anew after each, and nothing is left to fuse where the tiles' products take the time.
 
-Linears that share an input (q, k, v; gate, up) do not share a pass over it: x·Aᵀ takes 0.3 ms of a layer's 330.
+Linears that share an input (q, k, v; gate, up) do not share a pass over it: x·Aᵀ takes 0.3 ms of the 330 that a
+4096 × 11008 linear takes for 1,024 tokens, forward, recompute and gradient.
 
 Dropout, if any, is on the input of the low-rank path only, so that x·Wᵀ is never thinned out.
 
@@ -54,8 +55,8 @@ __all__ = ["DoRALinear", "FrozenLinear", "RowScale", "merge_rows"]
 _SMALLEST_SCALE = 2.0**-60
 # Small enough for the allocator to keep at hand on the CPU: 3 MiB temporaries cost ten times their arithmetic in page
 # faults. An accelerator pays for each launch instead.
-_REDUCE_BYTES = {"cpu": 2**20}
-_REDUCE_BYTES_ELSEWHERE = 64 * 2**20
+_REDUCE_BYTES = 2**20
+_ACCELERATOR_REDUCE_BYTES = 64 * 2**20
 
 _optimizer_steps = 0
 
@@ -323,7 +324,7 @@ def _column_dots(a_TO: Tensor, b_TO: Tensor) -> Tensor:
     bf16 factors are multiplied in bf16, which rounds each product as much as its factors were; fp16 would overflow.
     """
     dtype = torch.float32 if a_TO.dtype == torch.float16 else a_TO.dtype
-    limit = _REDUCE_BYTES.get(a_TO.device.type, _REDUCE_BYTES_ELSEWHERE)
+    limit = _REDUCE_BYTES if a_TO.device.type == "cpu" else _ACCELERATOR_REDUCE_BYTES
     rows = max(1, limit // (dtype.itemsize * a_TO.shape[1]))
     total_O = torch.zeros(a_TO.shape[1], dtype=torch.float32, device=a_TO.device)
     for a, b in zip(a_TO.split(rows), b_TO.split(rows), strict=True):
