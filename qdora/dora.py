@@ -49,14 +49,11 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.base import BaseWeight, KeepsDtype
+from qdora.workspace import workspace_of
 
 __all__ = ["DoRALinear", "FrozenLinear", "RowScale", "merge_rows"]
 
 _SMALLEST_SCALE = 2.0**-60
-# Small enough for the allocator to keep at hand on the CPU: 3 MiB temporaries cost ten times their arithmetic in page
-# faults. An accelerator pays for each launch instead.
-_REDUCE_BYTES = 2**20
-_ACCELERATOR_REDUCE_BYTES = 64 * 2**20
 
 _optimizer_steps = 0
 
@@ -233,7 +230,7 @@ class DoRALinear(nn.Module):
         if self.magnitude_offset is None:
             return None
         trained = (self.lora_A, self.lora_B, self.magnitude_offset)
-        state = (dtype, _optimizer_steps, *((p.data_ptr(), p._version) for p in trained))
+        state = (dtype, _optimizer_steps, *((p.untyped_storage()._cdata, p._version) for p in trained))
         if self._row_scale is None or self._row_scale[0] != state:
             self._row_scale = state, self._compute_row_scale(dtype)
         return self._row_scale[1]
@@ -324,8 +321,7 @@ def _column_dots(a_TO: Tensor, b_TO: Tensor) -> Tensor:
     bf16 factors are multiplied in bf16, which rounds each product as much as its factors were; fp16 would overflow.
     """
     dtype = torch.float32 if a_TO.dtype == torch.float16 else a_TO.dtype
-    limit = _REDUCE_BYTES if a_TO.device.type == "cpu" else _ACCELERATOR_REDUCE_BYTES
-    rows = max(1, limit // (dtype.itemsize * a_TO.shape[1]))
+    rows = max(1, workspace_of(a_TO.device).reduce_bytes // (dtype.itemsize * a_TO.shape[1]))
     total_O = torch.zeros(a_TO.shape[1], dtype=torch.float32, device=a_TO.device)
     for a, b in zip(a_TO.split(rows), b_TO.split(rows), strict=True):
         total_O += (a.to(dtype) * b).sum(dim=0)

@@ -19,34 +19,45 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORED", "answer_loss"]
+__all__ = ["CHUNK_BYTES", "IGNORED", "answer_loss", "summed_nll"]
 
 IGNORED = -100
-_CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 64 * 2**20
 
 
-def answer_loss(hidden: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None) -> Tensor:
+def answer_loss(
+    hidden: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
     """Σ −log p(next token) over the positions whose next label is not -100, as an fp32 scalar.
 
     Args:
         hidden: (batch, length, H), the last hidden states.
         weight_VH, bias_V: of the output head, frozen.
         labels: (batch, length); position t is scored on labels[t + 1].
+        chunk_bytes: of the fp32 logits that exist at once.
     """
-    next_labels = labels[:, 1:]
-    scored = next_labels != IGNORED
-    return _SummedNll.apply(hidden[:, :-1][scored], weight_VH, bias_V, next_labels[scored])
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return summed_nll(hidden[rows, columns], weight_VH, labels[rows, columns + 1], bias_V, chunk_bytes)
+
+
+def summed_nll(
+    h_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, bias_V: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """`answer_loss` of chosen positions: hidden states (T, H) and the tokens (T,) that should follow them."""
+    return _SummedNll.apply(h_TH, weight_VH, bias_V, labels_T, chunk_bytes)
 
 
 class _SummedNll(torch.autograd.Function):
     """Σ −log softmax(h·Wᵀ + b)[label]; the gradient for h is ready when the forward ends."""
 
     @staticmethod
-    def forward(ctx: Any, h_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor, chunk_bytes: int
+    ) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         dh_TH = torch.empty_like(h_TH) if needs_gradient else None
         total = torch.zeros((), dtype=torch.float32, device=h_TH.device)
-        step = max(1, _CHUNK_BYTES // (4 * weight_VH.shape[0]))
+        step = max(1, chunk_bytes // (4 * weight_VH.shape[0]))
         for start in range(0, h_TH.shape[0], step):
             part = slice(start, start + step)
             logits = (h_TH[part] @ weight_VH.t()).float()
@@ -64,6 +75,6 @@ class _SummedNll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         (dh_TH,) = ctx.saved_tensors
-        return dh_TH * g.to(dh_TH.dtype), None, None, None
+        return dh_TH * g.to(dh_TH.dtype), None, None, None, None

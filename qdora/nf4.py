@@ -49,15 +49,13 @@ from torch import Tensor, nn
 
 from qdora.base import KeepsDtype
 from qdora.errors import CheckpointError
+from qdora.workspace import workspace_of
 
 __all__ = ["BLOCKSIZE", "NF4Weight", "is_nf4_key", "is_packed_linear", "quantize_nf4"]
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
-# 4 to 16 MiB measured alike on CPU (4096×11008, 1,024 tokens), 1 MiB and whole weights at up to twice the time.
-TILE_BYTES = 8 * 2**20
-# Reckoned, not yet measured: 8 MiB are too few rows to keep all processors of a large GPU busy.
-ACCELERATOR_TILE_BYTES = 64 * 2**20
+_QUANTIZED_AT_ONCE_BYTES = 8 * 2**20
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
 
 
@@ -120,6 +118,23 @@ class NF4Weight(KeepsDtype):
         weight: Any = linear.weight
         return cls(weight.data, weight.quant_state)
 
+    @classmethod
+    def hollow(cls, out_features: int, in_features: int, double_quant: bool = True) -> NF4Weight:
+        """A weight of this shape without values, on the current default device: to reckon what one takes."""
+        blocks = math.ceil(out_features * in_features / BLOCKSIZE)
+        state = bnb.QuantState(
+            absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
+            shape=torch.Size((out_features, in_features)),
+            code=torch.empty(16),
+            blocksize=BLOCKSIZE,
+            quant_type="nf4",
+        )
+        if double_quant:
+            nested_absmax = torch.empty(math.ceil(blocks / NESTED_BLOCKSIZE))
+            state.state2 = bnb.QuantState(absmax=nested_absmax, code=torch.empty(256), blocksize=NESTED_BLOCKSIZE)
+            state.offset = torch.empty(())
+        return cls(torch.empty(math.ceil(out_features * in_features / 2), dtype=torch.uint8), state)
+
     @property
     def device(self) -> torch.device:
         return self.packed.device
@@ -174,7 +189,7 @@ class NF4Weight(KeepsDtype):
         if row_scale_O is not None:
             absmax = absmax * row_scale_O[:, None]
         packed = self.packed.view(rows, -1)
-        step = max(1, self._tile_bytes() // (dtype.itemsize * rows * blocksize))
+        step = max(1, workspace_of(self.device).tile_bytes // (dtype.itemsize * rows * blocksize))
         for start in range(0, absmax.shape[1], step):
             stop = min(start + step, absmax.shape[1])
             tile = torch.ops.bitsandbytes.dequantize_4bit(
@@ -187,12 +202,9 @@ class NF4Weight(KeepsDtype):
             )
             yield slice(start * blocksize, stop * blocksize), tile.view(rows, -1)
 
-    def _tile_bytes(self) -> int:
-        return TILE_BYTES if self.device.type == "cpu" else ACCELERATOR_TILE_BYTES
-
     def _tile_rows(self, dtype: torch.dtype) -> Iterator[slice]:
         unit = self.blocksize // math.gcd(self.in_features, self.blocksize)
-        step = max(1, self._tile_bytes() // (dtype.itemsize * self.in_features * unit)) * unit
+        step = max(1, workspace_of(self.device).tile_bytes // (dtype.itemsize * self.in_features * unit)) * unit
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
 
@@ -242,7 +254,7 @@ def quantize_nf4(weight: Tensor, double_quant: bool = True, device: str | torch.
         weight, (n/2, 1) uint8. `NF4Weight.from_tensors` and transformers read them.
     """
     flat = weight.reshape(-1)
-    step = TILE_BYTES // BLOCKSIZE * BLOCKSIZE // 4
+    step = _QUANTIZED_AT_ONCE_BYTES // BLOCKSIZE * BLOCKSIZE // 4
     parts = [
         torch.ops.bitsandbytes.quantize_4bit(part.to(device), BLOCKSIZE, "nf4", torch.uint8)
         for part in flat.split(step)

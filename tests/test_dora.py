@@ -19,6 +19,7 @@ from qdora.dense import DenseWeight
 from qdora.dora import DoRALinear, FrozenLinear
 from qdora.nf4 import NF4Weight, quantize_nf4
 from qdora.optimizer import CompensatedAdamW
+from qdora.workspace import Workspace, assume
 from tests.reference import dora as reference
 
 BUDGET = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
@@ -120,10 +121,10 @@ def test_shapes(rank: int, tokens: int, in_features: int) -> None:
 
 
 @pytest.mark.parametrize("in_features", [128, 100])
-def test_many_tiles_match_fp64(monkeypatch: pytest.MonkeyPatch, in_features: int) -> None:
-    monkeypatch.setattr("qdora.nf4.TILE_BYTES", 4 * in_features * 16)
-    for dtype in (torch.float32, torch.bfloat16):
-        check(make_layer("nf4", 70, in_features, dtype=dtype), 40, dtype)
+def test_many_tiles_match_fp64(in_features: int) -> None:
+    with assume(Workspace(tile_bytes=4 * in_features * 16, reduce_bytes=4 * 70 * 3)):
+        for dtype in (torch.float32, torch.bfloat16):
+            check(make_layer("nf4", 70, in_features, dtype=dtype), 40, dtype)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "dense"])

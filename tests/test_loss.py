@@ -11,10 +11,7 @@ from qdora.loss import IGNORED, answer_loss
 @pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4 * 50 * 7, 2**26])
-def test_loss_and_gradient(
-    dtype: torch.dtype, budget: float, bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qdora.loss._CHUNK_BYTES", chunk)
+def test_loss_and_gradient(dtype: torch.dtype, budget: float, bias: bool, chunk: int) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(3, 11, 16).to(dtype).requires_grad_()
     weight = torch.randn(50, 16).to(dtype)
@@ -22,7 +19,7 @@ def test_loss_and_gradient(
     labels = torch.randint(0, 50, (3, 11))
     labels[:, :4] = IGNORED
     labels[2] = IGNORED
-    (answer_loss(hidden, weight, labels, bias_V) / 3).backward()
+    (answer_loss(hidden, weight, labels, bias_V, chunk) / 3).backward()
 
     h = hidden.detach().double().requires_grad_()
     logits = h @ weight.double().t() + (0 if bias_V is None else bias_V.double())
@@ -30,7 +27,7 @@ def test_loss_and_gradient(
         logits[:, :-1].reshape(-1, 50), labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum"
     )
     (expected / 3).backward()
-    ours = answer_loss(hidden, weight, labels, bias_V).detach()
+    ours = answer_loss(hidden, weight, labels, bias_V, chunk).detach()
     assert ours.dtype == torch.float32
     assert abs(float(ours) - float(expected)) <= budget * float(expected)
     assert (hidden.grad.double() - h.grad).norm() <= budget * h.grad.norm()

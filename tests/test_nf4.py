@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qdora.errors import CheckpointError
 from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4
+from qdora.workspace import Workspace, assume
 from tests.reference import nf4 as reference
 
 SHAPES = [(96, 128), (50, 100), (7, 33), (64, 64), (3, 200), (130, 72)]
@@ -39,14 +40,14 @@ def test_dequantize_is_code_times_absmax(shape: tuple[int, int], double_quant: b
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiles_of_any_size_give_the_same_weight(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_any_size_give_the_same_weight(shape: tuple[int, int]) -> None:
     weight = NF4Weight.from_tensors(quantize_nf4(random_weight(*shape)))
     whole = weight.dequantize()
     scale = torch.randn(shape[0])
     for size in (1, 4 * 64 * shape[1], 10**9):
-        monkeypatch.setattr("qdora.nf4.TILE_BYTES", size)
-        assert torch.equal(weight.dequantize(), whole)
-        scaled = torch.cat([tile for _, tile in weight.tiles(torch.float32, scale)])
+        with assume(Workspace(tile_bytes=size, reduce_bytes=1)):
+            assert torch.equal(weight.dequantize(), whole)
+            scaled = torch.cat([tile for _, tile in weight.tiles(torch.float32, scale)])
         assert torch.allclose(scaled, whole * scale[:, None], rtol=1e-6, atol=0)
 
 
@@ -66,7 +67,7 @@ def test_quantize_is_bitsandbytes_to_the_bit(double_quant: bool, dtype: torch.dt
 def test_quantize_in_parts_is_quantize_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(100, 130)
     whole = quantize_nf4(weight)
-    monkeypatch.setattr("qdora.nf4.TILE_BYTES", 4 * 64 * 10)
+    monkeypatch.setattr("qdora.nf4._QUANTIZED_AT_ONCE_BYTES", 4 * 64 * 10)
     for name, tensor in quantize_nf4(weight).items():
         assert torch.equal(tensor, whole[name]), name
 
