@@ -27,6 +27,7 @@ from qdora.errors import CheckpointError, ConfigError
 from qdora.inject import adapted_linears, attach, linear_paths, linear_shape
 from qdora.nf4 import BLOCKSIZE, NF4Weight
 from qdora.output import write_json
+from qdora.stream import StreamedWeight
 
 __all__ = ["AdapterFile", "LinearAdapter", "load_adapter", "read_adapter", "save_adapter"]
 
@@ -249,6 +250,7 @@ def _copy_into(layer: DoRALinear, adapter: LinearAdapter, offset: Tensor | None,
 
 def _kind_of_base(model: nn.Module) -> str:
     bases: list[Any] = [getattr(model.get_submodule(path), "base", None) for path in linear_paths(model)]
+    bases = [base.weight if isinstance(base, StreamedWeight) else base for base in bases]
     packed = [isinstance(base, NF4Weight) for base in bases]
     if not any(packed):
         return "dense"

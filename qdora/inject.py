@@ -17,7 +17,16 @@ from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import CheckpointError, ConfigError
 from qdora.nf4 import NF4Weight, is_packed_linear
 
-__all__ = ["adapted_linears", "adapters_disabled", "attach", "freeze_packed", "linear_paths", "linear_shape"]
+__all__ = [
+    "adapted_linears",
+    "adapters_disabled",
+    "attach",
+    "decoder_layers",
+    "freeze_dense",
+    "freeze_packed",
+    "linear_paths",
+    "linear_shape",
+]
 
 
 def linear_paths(model: nn.Module) -> list[str]:
@@ -56,6 +65,29 @@ def freeze_packed(model: nn.Module, dtype: torch.dtype) -> None:
             if found != expected:
                 raise CheckpointError(f"the weight of {path} is {found}, and {expected} by config.json")
             model.set_submodule(path, _dense_linear(base, bias, dtype) if module is head else FrozenLinear(base, bias))
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's decoder layers, from the first to the last: its longest list of layers that can be checkpointed.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    stacks = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and hasattr(module[0], "gradient_checkpointing")
+    ]
+    if not stacks:
+        raise ConfigError(f"{type(model).__name__} has no decoder layers that can be checkpointed or streamed")
+    return max(stacks, key=len)
+
+
+def freeze_dense(module: nn.Module) -> None:
+    """Replace each plain linear within by a `FrozenLinear` over the same memory, in place."""
+    for path, linear in list(module.named_modules()):
+        if isinstance(linear, nn.Linear | Conv1D) and not is_packed_linear(linear):
+            module.set_submodule(path, FrozenLinear(*_base_of(linear)))
 
 
 def attach(model: nn.Module, config: AdapterConfig) -> list[str]:

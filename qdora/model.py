@@ -27,14 +27,25 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qdora import checkpoint
+from qdora import checkpoint, stream
 from qdora.config import AdapterConfig
+from qdora.dora import FrozenLinear
 from qdora.errors import CheckpointError, ConfigError, reason
 from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
+from qdora.nf4 import NF4Weight
+from qdora.offload import keep_embedding_on_host
 from qdora.shards import ShardReader
 from qdora.sources import local_model, quietly
 
-__all__ = ["Linears", "compute_dtype", "load_model", "load_tokenizer", "model_linears", "nf4_config"]
+__all__ = [
+    "Linears",
+    "compute_dtype",
+    "hollow_model",
+    "load_model",
+    "load_tokenizer",
+    "model_linears",
+    "nf4_config",
+]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -46,6 +57,8 @@ def load_model(
     dtype: str = "bfloat16",
     device: str | torch.device | None = None,
     load_in_4bit: bool = True,
+    stream_base: bool = False,
+    embedding_on_host: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model with frozen base weights, and adapters attached if asked for.
@@ -56,6 +69,8 @@ def load_model(
         dtype: of the arithmetic, and of what is not quantized.
         device: defaults to the accelerator, if there is one.
         load_in_4bit: quantize a 16-bit model to NF4 as it loads; False leaves its base weights dense.
+        stream_base: leave the decoder layers' base weights on the host; two layers at a time are on the device.
+        embedding_on_host: leave the input embedding on the host.
         trust_remote_code: let a model run Python code of its own. Off unless you trust where it comes from.
 
     Returns:
@@ -65,7 +80,7 @@ def load_model(
         CheckpointError: not a model, damaged, or the adapter is for another one.
         ConfigError: an argument is wrong.
     """
-    source = local_model(path)
+    source, place = local_model(path), pick_device(device)
     config = _load_config(source, trust_remote_code)
     packed = _check_quantization(config, source)
     ShardReader(source)  # finds damaged files, and says so better than the loading below
@@ -77,7 +92,7 @@ def load_model(
                 config=config,
                 dtype=compute_dtype(dtype),
                 quantization_config=quantization,
-                device_map={"": pick_device(device)},
+                device_map={"": "cpu" if stream_base or embedding_on_host else place},
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -92,6 +107,11 @@ def load_model(
     _take_off_marks(model)
     _cast_parameters(model, compute_dtype(dtype))
     model.requires_grad_(False)
+    if stream_base:
+        stream.stream_base(model, place)
+    if embedding_on_host:
+        keep_embedding_on_host(model, place)
+    model.to(place)
     model.config._name_or_path = str(path)
     if isinstance(adapter, AdapterConfig):
         attach(model, adapter)
@@ -154,15 +174,7 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
         CheckpointError: the directory is no causal language model.
         ConfigError: a module to skip matches nothing.
     """
-    config = _load_config(directory, trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    try:
-        with torch.device("meta"), quietly():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # a config may be nonsense in more ways than there are kinds of errors
-        raise CheckpointError(f"{directory} is no causal language model: {reason(error)}") from None
+    model = _without_weights(_load_config(directory, trust_remote_code), directory, torch.float32, trust_remote_code)
     for name in skip_modules:
         _check_skip(name, model)
     head = model.get_output_embeddings()
@@ -171,6 +183,55 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
     transposed = {path: isinstance(linear, Conv1D) for path, linear in linears.items()}
     shapes = {path: linear_shape(linear) for path, linear in linears.items()}
     return Linears(transposed, (*heads, *skip_modules), shapes, model.base_model_prefix)
+
+
+def hollow_model(
+    path: str | Path,
+    adapter: AdapterConfig,
+    *,
+    dtype: str = "bfloat16",
+    load_in_4bit: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """What `load_model` would return, without values (on the meta device), from the config alone.
+
+    Args:
+        path: a directory with `config.json`, the file itself, or a Hub id, of which only the config is fetched.
+
+    Raises:
+        CheckpointError: no causal language model.
+    """
+    config = _load_config(path, trust_remote_code)
+    packed = _check_quantization(config, path)
+    how = _quantization_of(config) if packed else {}
+    model = _without_weights(config, path, compute_dtype(dtype), trust_remote_code)
+    if packed or load_in_4bit:
+        skipped = list(how.get("llm_int8_skip_modules") or ())
+        with torch.device("meta"):
+            for name in linear_paths(model):
+                if should_convert_module(name, skipped):
+                    _make_hollow(model, name, bool(how.get("bnb_4bit_use_double_quant", True)))
+    with torch.device("meta"):
+        attach(model, adapter)
+    return model
+
+
+def _make_hollow(model: nn.Module, path: str, double_quant: bool) -> None:
+    linear = model.get_submodule(path)
+    model.set_submodule(path, FrozenLinear(NF4Weight.hollow(*linear_shape(linear), double_quant), linear.bias))  # type: ignore[arg-type]
+
+
+def _without_weights(
+    config: PretrainedConfig, source: str | Path, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.device("meta"), quietly():
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # a config may be nonsense in more ways than there are kinds of errors
+        raise CheckpointError(f"{source} is no causal language model: {reason(error)}") from None
 
 
 def _check_skip(name: str, model: PreTrainedModel) -> None:
@@ -230,7 +291,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return picked
 
 
-def _load_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
+def _load_config(directory: str | Path, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -238,11 +299,15 @@ def _load_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise CheckpointError(f"{directory} has no usable config.json: {reason(error)}") from None
 
 
-def _check_quantization(config: PretrainedConfig, directory: Path) -> bool:
+def _quantization_of(config: PretrainedConfig) -> dict[str, Any]:
     quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
+    return quantization if isinstance(quantization, dict) else getattr(quantization, "to_dict", dict)()
+
+
+def _check_quantization(config: PretrainedConfig, directory: str | Path) -> bool:
+    found = _quantization_of(config)
+    if not found:
         return False
-    found = quantization if isinstance(quantization, dict) else getattr(quantization, "to_dict", dict)()
     if found.get("load_in_4bit") and found.get("bnb_4bit_quant_type") == "nf4":
         return True
     kind = found.get("bnb_4bit_quant_type") if found.get("load_in_4bit") else found.get("quant_method")

@@ -9,17 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from qdora.checkpoint import load_adapter, save_adapter
-from qdora.loss import IGNORED, answer_loss
+from qdora.loss import CHUNK_BYTES, IGNORED, answer_loss
+from qdora.offload import HostInputs
 
-__all__ = ["AdapterTrainer"]
+__all__ = ["AdapterTrainer", "KeepInputsOnHost"]
 
 
 class AdapterTrainer(SFTTrainer):
     """`SFTTrainer` whose checkpoints hold the adapter (in PEFT's format, offsets exact) instead of the model."""
+
+    loss_chunk_bytes = CHUNK_BYTES
+    """Of the fp32 logits that exist at once."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -37,7 +41,7 @@ class AdapterTrainer(SFTTrainer):
         features = {name: value for name, value in inputs.items() if name != "labels"}
         hidden = model.base_model(**features, use_cache=False).last_hidden_state
         head = model.get_output_embeddings()
-        total = answer_loss(hidden, head.weight, labels, head.bias)
+        total = answer_loss(hidden, head.weight, labels, head.bias, self.loss_chunk_bytes)
         tokens = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / torch.as_tensor(tokens).clamp(min=1)
 
@@ -82,3 +86,13 @@ class AdapterTrainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         load_adapter(self.model, self.state.best_model_checkpoint)
+
+
+class KeepInputsOnHost(TrainerCallback):
+    """Lets the layers' inputs wait on the host, once the trainer has enabled gradient checkpointing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        HostInputs(self._device).install(model)
