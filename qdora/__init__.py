@@ -13,6 +13,7 @@ from qdora.checkpoint import load_adapter, save_adapter
 from qdora.config import AdapterConfig
 from qdora.dora import DoRALinear
 from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, QDoRAError
+from qdora.estimate import Estimate, estimate
 from qdora.inject import adapters_disabled
 from qdora.merge import MergeReport, merge
 from qdora.model import load_model, load_tokenizer
@@ -27,12 +28,14 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DoRALinear",
+    "Estimate",
     "MergeReport",
     "NumericsError",
     "QDoRAError",
     "QuantizeReport",
     "TrainReport",
     "adapters_disabled",
+    "estimate",
     "load_adapter",
     "load_model",
     "load_tokenizer",

@@ -22,7 +22,7 @@ from transformers import HfArgumentParser
 from qdora.config import ALL_LINEAR, AdapterConfig
 from qdora.errors import ConfigError
 
-__all__ = ["RunArguments", "adapter_config", "flags_of", "parse_train"]
+__all__ = ["RunArguments", "adapter_config", "flags_of", "parse_estimate", "parse_train"]
 
 # Where our defaults differ from SFTConfig's: an adapter learns faster than a whole model, bf16 is the model's own
 # dtype (so that autocast has nothing to do), and a loss that is not finite must be seen.
@@ -56,6 +56,9 @@ _OTHER_NAMES = {
 }
 
 
+_NOT_STARTED = ("--dataset", "none", "--output_dir", "none")
+
+
 @dataclass
 class RunArguments:
     """What to train on what; the names are those of TRL's command line."""
@@ -77,6 +80,13 @@ class RunArguments:
         metadata={"help": "names of linears, one regular expression, or all-linear"},
     )
     adapter_dtype: str = field(default="bfloat16", metadata={"help": "of what trains: bfloat16 or float32"})
+    stream_base: bool = field(
+        default=False, metadata={"help": "leave base weights on the host, two layers at a time on the device"}
+    )
+    embedding_on_host: bool = field(default=False, metadata={"help": "leave the input embedding on the host"})
+    loss_chunk_size: str = field(default="64MiB", metadata={"help": "of the fp32 logits that exist at once"})
+    memory: str | None = field(default=None, metadata={"help": "make the run fit in this, such as 8GB"})
+    dry_run: bool = field(default=False, metadata={"help": "print what the run needs, and stop"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "write over an adapter that is there"})
 
 
@@ -113,6 +123,16 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError(f"these training flags do not fit together: {str(error).splitlines()[0]}") from None
     return run, training
+
+
+def parse_estimate(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
+    """Parse `[CONFIG.yaml] [--flag value …]` of a run that will not be started: it needs no data and no output.
+
+    Returns, Raises: as `parse_train`.
+    """
+    flags = list(arguments)
+    start = 1 if flags and not flags[0].startswith("-") else 0
+    return parse_train([*flags[:start], *_NOT_STARTED, *flags[start:]])
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from qdora import __version__
 from qdora.arguments import common_flags
 from qdora.errors import ConfigError, QDoRAError, reason
+from qdora.estimate import estimate_from_arguments
 from qdora.merge import merge
 from qdora.quantize import quantize
 from qdora.train import train_from_arguments
@@ -39,6 +40,23 @@ training (all of TRL's SFTConfig is accepted; the most used):
   --resume_from_checkpoint       `last`, or a checkpoint's directory
 """
 
+_ESTIMATE_HELP = """\
+usage: qdora estimate MODEL [--memory SIZE] [training flags]
+
+What `qdora train` will need at its peak, part by part; from config.json alone, without weights or a GPU.
+
+  MODEL                          a directory with config.json, that file, a Hub id, or CONFIG.yaml of a run
+  --memory                       find the fastest plan that fits in this, such as 8GB
+  --max_length                   tokens of the longest row [1024]
+  --per_device_train_batch_size  rows of a micro-batch [4]
+  --gradient_accumulation_steps  micro-batches a step [1]
+  --lora_r, --lora_target_modules, --use_dora, --optim, --packing, ...
+                                 as in `qdora train`
+  --activation_offloading, --embedding_on_host, --stream_base, --loss_chunk_size
+                                 what a plan is made of, if you choose yourself
+  --use_cpu true                 reckon for the CPU; by default it is for an accelerator
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb.
@@ -51,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == ["train"]:
             _train(given[1:])
+        elif given[:1] == ["estimate"]:
+            _estimate(given[1:])
         else:
             _quantize_or_merge(_parser().parse_args(given))
     except QDoRAError as error:
@@ -70,8 +90,17 @@ def _train(arguments: list[str]) -> None:
         print(_TRAIN_HELP.format(ours=common_flags()))
         return
     report = train_from_arguments(arguments)
+    if report is None:
+        return  # a dry run, which has said all
     print(report)
     print(f"next: qdora merge {report.base} {report.output_dir} OUT")
+
+
+def _estimate(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_ESTIMATE_HELP)
+        return
+    print(estimate_from_arguments(arguments))
 
 
 def _quantize_or_merge(options: argparse.Namespace) -> None:
@@ -123,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--dtype", default="bfloat16", help="of what is not quantized [bfloat16]")
     verb.add_argument("--device", help="where to quantize [the accelerator, if there is one]")
     _add_common(verb)
+    verbs.add_parser("estimate", help="what a training run will need of memory, and a plan that fits")
     verbs.add_parser("train", help="an adapter, from an NF4 checkpoint and a data file")
     verb = verbs.add_parser("merge", help="base and adapter to a plain 16-bit model", allow_abbrev=False)
     verb.add_argument("base", metavar="BASE", help="the NF4 checkpoint that was trained on, or a 16-bit model")

@@ -25,7 +25,9 @@ from qdora.data import EncodedData, encode
 from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, QDoRAError, reason
 from qdora.model import load_model, load_tokenizer, trainable_parameters
 from qdora.optimizer import CompensatedAdamW
+from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
 from qdora.rows import read_rows
+from qdora.shards import parse_size
 
 __all__ = ["TrainReport", "train"]
 
@@ -52,13 +54,16 @@ class TrainReport:
         )
 
 
-def train(config: str | Path | None = None, **flags: Any) -> TrainReport:
+def train(config: str | Path | None = None, **flags: Any) -> TrainReport | None:
     """Train an adapter.
 
     Args:
         config: a YAML file of flags.
         flags: by the names of the command line (`learning_rate=1e-4`, `lora_target_modules=["q_proj"]`); they override
             the file.
+
+    Returns:
+        The report; None after a dry run.
 
     Raises:
         QDoRAError: a flag, the data or the model is wrong; nothing was trained.
@@ -67,7 +72,7 @@ def train(config: str | Path | None = None, **flags: Any) -> TrainReport:
     return train_from_arguments([*([] if config is None else [str(config)]), *flags_of(flags)])
 
 
-def train_from_arguments(arguments: Sequence[str]) -> TrainReport:
+def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     """`train`, given a command line."""
     run, training = parse_train(arguments)
     output_dir = Path(training.output_dir)
@@ -77,6 +82,10 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport:
         _check_unused(output_dir, run.overwrite_output_dir)
     adapter = adapter_config(run)
     _check_flags(run, training)
+    if run.memory is not None or run.dry_run:
+        _plan(run, training)
+        if run.dry_run:
+            return None
     tokenizer = load_tokenizer(run.model_name_or_path, training.trust_remote_code)
     _use_chat_template(tokenizer, training)
     data = _load_data(run.dataset, run.dataset_split, tokenizer, training)
@@ -88,17 +97,36 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport:
         dtype=run.dtype,
         device=training.device,
         load_in_4bit=run.load_in_4bit,
+        stream_base=run.stream_base,
+        embedding_on_host=run.embedding_on_host,
         trust_remote_code=training.trust_remote_code,
     )
     print(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {training.device}")
     trainer = _build_trainer(model, tokenizer, training, data, evaluation)
+    trainer.loss_chunk_bytes = parse_size(run.loss_chunk_size)
     _run(trainer, resume)
     return _finish(trainer, run, data, output_dir)
+
+
+def _plan(run: RunArguments, training: Any) -> None:
+    on_accelerator = training.device.type != "cpu"
+    reckoned, plan = memory_model(run, training, on_accelerator), asked_plan(run, training)
+    if run.memory is None:
+        need = reckoned.need(plan)
+    else:
+        plan, need = choose(reckoned, plan, usable_bytes(run.memory, on_accelerator))
+        adopt(plan, run, training)
+    print(f"plan: {plan.flags()}\n{need}")
 
 
 def _check_flags(run: RunArguments, training: Any) -> None:
     if training.eval_strategy != "no" and not run.eval_dataset:
         raise ConfigError(f"--eval_strategy {training.eval_strategy.value} needs an --eval_dataset")
+    parse_size(run.loss_chunk_size)
+    if training.activation_offloading and not training.gradient_checkpointing:
+        raise ConfigError(
+            "--activation_offloading keeps the inputs of recomputed layers; it needs gradient_checkpointing"
+        )
     if training.truncation_mode != "keep_start":
         raise ConfigError(
             f"--truncation_mode {training.truncation_mode}: long rows lose their end, only keep_start fits"
@@ -112,9 +140,13 @@ def _check_flags(run: RunArguments, training: Any) -> None:
 def _build_trainer(model: Any, tokenizer: Any, training: Any, data: EncodedData, evaluation: EncodedData | None) -> Any:
     from datasets import Dataset
 
-    from qdora.trainer import AdapterTrainer
+    from qdora.trainer import AdapterTrainer, KeepInputsOnHost
 
     training.dataloader_pin_memory &= training.device.type != "cpu"
+    callbacks = []
+    if training.activation_offloading:
+        callbacks.append(KeepInputsOnHost(training.device))
+        training.activation_offloading = False  # TRL would offload whatever is saved
     if not training.packing:
         # The rows are tokenized, masked and cut already.
         training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -131,6 +163,7 @@ def _build_trainer(model: Any, tokenizer: Any, training: Any, data: EncodedData,
             eval_dataset=None if evaluation is None else dataset(evaluation),
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=_own_optimizer(training),
+            callbacks=callbacks,
         )
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise ConfigError(f"these training flags do not fit together: {reason(error)}") from None

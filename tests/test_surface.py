@@ -11,14 +11,15 @@ import qdora
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"cli", "__main__"},
-    {"quantize", "train", "merge"},
-    {"trainer", "verify"},
-    {"arguments", "model"},
+    {"estimate", "quantize", "train", "merge"},
+    {"planner", "trainer", "verify"},
+    {"arguments", "memory", "model"},
     {"checkpoint", "sources"},
+    {"stream", "offload", "simulate"},
     {"inject"},
     {"data", "dora", "curves"},
     {"nf4", "dense", "loss", "optimizer", "rows", "shards", "output"},
-    {"base", "config"},
+    {"base", "config", "workspace"},
     {"errors"},
 ]
 

@@ -1,0 +1,290 @@
+"""What a training run needs of memory, part by part.
+
+A step's peak is reckoned in three parts. What stays from step to step (base weights, embeddings, adapters, optimizer
+state) is counted exactly, from the shapes of the whole model. What comes and goes within a layer, the loss and the
+optimizer's update is taken from a step over fake tensors (`simulate`). What grows with depth (kept inputs, gradients)
+is laid between them: while layer i of L is in its backward, i inputs are still kept and L - i layers have gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from qdora.dora import DoRALinear, FrozenLinear
+from qdora.inject import adapted_linears, decoder_layers, freeze_dense
+from qdora.optimizer import CompensatedAdamW
+from qdora.shards import format_bytes
+from qdora.simulate import Batch, Segment, StepTrace, cut, simulate_loss, simulate_step, simulate_update
+from qdora.stream import layer_bytes
+from qdora.workspace import Workspace
+
+__all__ = ["MemoryModel", "Need", "Plan", "Run"]
+
+_GRANULE = 2**20
+# Bytes of state a value of other optimizers than ours, by their Hugging Face names; paged ones keep it on the host.
+_STATE_BYTES = {
+    "adamw_8bit": 2.03,
+    "adamw_bnb_8bit": 2.03,
+    "paged_adamw_8bit": 0.0,
+    "paged_adamw_32bit": 0.0,
+    "paged_lion_8bit": 0.0,
+    "paged_lion_32bit": 0.0,
+    "lion_8bit": 1.02,
+    "lion_32bit": 4.0,
+    "rmsprop_bnb_8bit": 1.02,
+    "adafactor": 0.1,
+    "sgd": 0.0,
+}
+_FP32_ADAM_BYTES = 8.0
+_OWN_OPTIMIZER = ("adamw_torch", "adamw_torch_fused")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is run: what the planner may change."""
+
+    rows: int
+    """Of a micro-batch, per device."""
+    accumulation: int
+    """Micro-batches a step."""
+    loss_chunk_bytes: int
+    activation_offloading: bool = False
+    embedding_on_host: bool = False
+    stream_base: bool = False
+
+    def flags(self) -> str:
+        """As flags of `qdora train`."""
+        flags = [
+            f"--per_device_train_batch_size {self.rows}",
+            f"--gradient_accumulation_steps {self.accumulation}",
+            f"--loss_chunk_size {self.loss_chunk_bytes // _GRANULE}MiB",
+        ]
+        for name in ("activation_offloading", "embedding_on_host", "stream_base"):
+            if getattr(self, name):
+                flags.append(f"--{name} true")
+        return " ".join(flags)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a plan takes."""
+
+    parts: dict[str, int]
+    """Bytes on the device at the peak, by what they are for."""
+    moment: str
+    """When in the step the peak comes."""
+    host_bytes: int
+    """What waits in host memory."""
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        width = max(map(len, self.parts))
+        rows = [f"  {name:<{width}}  {format_bytes(size):>8}" for name, size in self.parts.items()]
+        total = f"  {'peak':<{width}}  {format_bytes(self.device_bytes):>8}   {self.moment}"
+        host = f"  {'on the host':<{width}}  {format_bytes(self.host_bytes):>8}" if self.host_bytes else None
+        return "\n".join([*rows, total, *([host] if host else [])])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What no plan changes."""
+
+    length: int
+    """Tokens of the longest row."""
+    workspace: Workspace
+    """Of the device."""
+    optim: str = "adamw_torch"
+    checkpointing: bool = True
+    packing: bool = False
+    """Whether rows are filled up to `length`, so that attention needs no mask."""
+
+
+class MemoryModel:
+    """Reckons what plans need for one model.
+
+    Args:
+        build: makes the model with its adapters on the meta device.
+        run: what is reckoned for.
+
+    Raises:
+        ConfigError: the model has no decoder layers.
+    """
+
+    def __init__(self, build: Callable[[], Any], run: Run) -> None:
+        self._model, self._run = build(), run
+        self._layers = decoder_layers(self._model)
+        for layer in self._layers:
+            freeze_dense(layer)  # as streaming does, so that what can be streamed is told by its type
+        self._small = deepcopy(self._model)
+        cut(self._small)
+        self._traces: dict[int, StepTrace] = {}
+        self._losses: dict[tuple[int, int], int] = {}
+        self._update: Segment | None = None
+
+    def need(self, plan: Plan) -> Need:
+        """What the plan takes, at its worst moment."""
+        trace = self._trace(plan.rows)
+        lasting = self._lasting(plan)
+        worst = max(self._moments(trace, plan), key=lambda moment: moment.total)
+        parts = {**lasting, "gradients": worst.gradients, "kept layer inputs": worst.inputs, worst.what: worst.own}
+        return Need({name: size for name, size in parts.items() if size}, worst.when, self._host_bytes(plan, trace))
+
+    def _trace(self, rows: int) -> StepTrace:
+        if rows not in self._traces:
+            batch = Batch(rows, self._run.length, padded=rows > 1 and not self._run.packing)
+            self._traces[rows] = simulate_step(self._small, batch, self._run.workspace, self._run.checkpointing)
+        return self._traces[rows]
+
+    def _loss(self, rows: int, chunk_bytes: int) -> int:
+        key = (rows, chunk_bytes)
+        if key not in self._losses:
+            positions = rows * (self._run.length - 1)  # the first token of a row is never predicted
+            self._losses[key] = simulate_loss(self._model.get_output_embeddings(), positions, chunk_bytes)
+        return self._losses[key]
+
+    def _moments(self, trace: StepTrace, plan: Plan) -> Iterator[_Moment]:
+        """Every moment of the step that may be its worst, for the whole depth."""
+        layers, traced = len(self._layers), len(trace.forward)
+        kept, gradient = trace.kept_bytes, trace.gradient_bytes
+        accumulates = plan.accumulation > 1
+
+        def moment(when: str, what: str, segment: Segment, inputs: tuple[int, int], above: tuple[int, int]) -> _Moment:
+            # (in the trace, in the whole model): inputs that are kept, and layers above that have gradients
+            own = segment.peak - inputs[0] * kept - above[0] * gradient
+            on_device = min(inputs[1], 2) if plan.activation_offloading else inputs[1]
+            # Those of an earlier micro-batch; what the layer itself makes is its own.
+            gradients = (layers - 1 if accumulates else above[1]) * gradient
+            return _Moment(when, what, own, on_device * kept, gradients)
+
+        last, whole = traced - 1, layers - 1
+        forward, backward = "one layer's forward", "one layer's recompute and gradients"
+        yield moment("in the forward of the first layer", forward, trace.forward[0], (0, 0), (0, 0))
+        yield moment("in the forward of the last layer", forward, trace.forward[last], (last, whole), (0, 0))
+        loss = Segment(trace.loss_start, trace.loss_start + self._loss(plan.rows, plan.loss_chunk_bytes))
+        yield moment("in the loss", "loss chunk", loss, (traced, layers), (0, 0))
+        yield moment("in the backward of the last layer", backward, trace.backward[last], (traced, layers), (0, 0))
+        if traced > 2:
+            for number in {1, layers - 2}:
+                when = f"in the backward of layer {number + 1} of {layers}"
+                yield moment(when, backward, trace.backward[1], (2, number + 1), (last - 1, whole - number))
+        yield moment("in the backward of the first layer", backward, trace.backward[0], (1, 1), (last, whole))
+        update = self._optimizer()
+        yield _Moment(
+            "in the optimizer's step", "optimizer's workspace", update.peak - update.start, 0, layers * gradient
+        )
+
+    def _optimizer(self) -> Segment:
+        if self._update is None:
+            trained = [p for p in self._model.parameters() if p.requires_grad]
+            if self._run.optim in _OWN_OPTIMIZER:
+                self._update = simulate_update(CompensatedAdamW, trained)
+            else:
+                values = sum(p.numel() for p in trained)
+                state = int(values * _STATE_BYTES.get(self._run.optim, _FP32_ADAM_BYTES))
+                self._update = Segment(state, state)
+        return self._update
+
+    def _lasting(self, plan: Plan) -> dict[str, int]:
+        """What is on the device all the time."""
+        resident = dict(self._resident)
+        if plan.stream_base:
+            streamed = sum(self._streamed)
+            # Each tensor starts at a round address in a slot, so a slot may be a little more than its layer.
+            resident["base weights"] += 2 * max(self._streamed) - streamed + self._rounding
+        if plan.embedding_on_host:
+            resident["embeddings and head"] -= self._embedding_bytes
+        return {**resident, "optimizer state": self._optimizer().start}
+
+    def _host_bytes(self, plan: Plan, trace: StepTrace) -> int:
+        return (
+            (sum(self._streamed) if plan.stream_base else 0)
+            + (self._embedding_bytes if plan.embedding_on_host else 0)
+            + (len(self._layers) * trace.kept_bytes if plan.activation_offloading else 0)
+        )
+
+    @property
+    def can_spare_embedding(self) -> bool:
+        """Whether the input embedding may stay on the host: not if the head is the same weight."""
+        return self._embedding_bytes > 0
+
+    @cached_property
+    def _embedding_bytes(self) -> int:
+        embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        return 0 if tied else _bytes_of(embedding)
+
+    @cached_property
+    def _streamed(self) -> list[int]:
+        """Bytes of each layer's slot."""
+        return [layer_bytes(weights) for weights in self._base_weights]
+
+    @cached_property
+    def _rounding(self) -> int:
+        exact = sum(_bytes_of(weight) for weights in self._base_weights for weight in weights)
+        return sum(self._streamed) - exact
+
+    @cached_property
+    def _base_weights(self) -> list[list[Any]]:
+        return [
+            [module.base for module in layer.modules() if isinstance(module, DoRALinear | FrozenLinear)]
+            for layer in self._layers
+        ]
+
+    @cached_property
+    def _resident(self) -> dict[str, int]:
+        """The whole model on the device, by kind, each storage once."""
+        kinds = dict.fromkeys(("base weights", "embeddings and head", "norms and the rest", "adapters"), 0)
+        ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        seen: set[int] = set()
+        for module, kind in _kinds(self._model, ends):
+            for tensor in [*module._parameters.values(), *module._buffers.values()]:
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    kinds[kind] += tensor.nbytes
+        for layer in adapted_linears(self._model).values():
+            if layer.use_dora:
+                kinds["adapters"] += 8 * layer.out_features  # the row scale and its companion, fp32
+        return kinds
+
+
+@dataclass(frozen=True)
+class _Moment:
+    when: str
+    what: str
+    own: int
+    inputs: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        return self.own + self.inputs + self.gradients
+
+
+def _kinds(model: nn.Module, ends: tuple[Any, Any]) -> Iterator[tuple[nn.Module, str]]:
+    """Each module and what its own tensors count as."""
+    linears = [module for module in model.modules() if isinstance(module, DoRALinear | FrozenLinear)]
+    weights: list[Any] = [linear.base for linear in linears]
+    bases = {id(part) for weight in weights for part in weight.modules()}
+    trained = {id(part) for module in adapted_linears(model).values() for part in module.modules()}
+    for module in model.modules():
+        if id(module) in bases:
+            yield module, "base weights"
+        elif module in ends:
+            yield module, "embeddings and head"
+        elif id(module) in trained:
+            yield module, "adapters"
+        else:
+            yield module, "norms and the rest"
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])

@@ -1,0 +1,153 @@
+"""The fastest way to make a training run fit.
+
+Plans are tried in the order of what they cost: as asked; smaller loss chunks; layer inputs on the host; the embedding
+on the host; smaller micro-batches, more of them a step; and at last the base weights streamed from the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from qdora.arguments import RunArguments, adapter_config
+from qdora.errors import ConfigError
+from qdora.memory import MemoryModel, Need, Plan, Run
+from qdora.model import hollow_model
+from qdora.shards import format_bytes, parse_size
+from qdora.workspace import ACCELERATOR, CPU
+
+__all__ = ["adopt", "asked_plan", "choose", "memory_model", "usable_bytes"]
+
+_SMALLER_CHUNKS = (16 * 2**20, 4 * 2**20)
+# Reckoned, not measured: the driver's context and the libraries' workspaces, and what fragmentation takes.
+_DRIVER_BYTES = 500 * 10**6
+_FRAGMENTED_SHARE = 0.03
+
+
+def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> MemoryModel:
+    """Reckons for the run that the flags of `qdora train` describe.
+
+    Args:
+        run, training: as `parse_train` returns them.
+        on_accelerator: rather than on the CPU.
+
+    Raises:
+        CheckpointError: no causal language model.
+        ConfigError: a flag is wrong.
+    """
+    adapter = adapter_config(run)
+    if training.max_length is None:
+        raise ConfigError("--max_length is off: how long the rows may get must be known to reckon with them")
+    return MemoryModel(
+        lambda: hollow_model(
+            run.model_name_or_path,
+            adapter,
+            dtype=run.dtype,
+            load_in_4bit=run.load_in_4bit,
+            trust_remote_code=training.trust_remote_code,
+        ),
+        Run(
+            length=training.max_length,
+            workspace=ACCELERATOR if on_accelerator else CPU,
+            optim=str(getattr(training.optim, "value", training.optim)),
+            checkpointing=training.gradient_checkpointing,
+            packing=training.packing,
+        ),
+    )
+
+
+def asked_plan(run: RunArguments, training: Any) -> Plan:
+    """The run as its flags say."""
+    return Plan(
+        rows=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        loss_chunk_bytes=parse_size(run.loss_chunk_size),
+        activation_offloading=training.activation_offloading,
+        embedding_on_host=run.embedding_on_host,
+        stream_base=run.stream_base,
+    )
+
+
+def adopt(plan: Plan, run: RunArguments, training: Any) -> None:
+    """Let the flags say what the plan says, in place."""
+    training.per_device_train_batch_size = plan.rows
+    training.gradient_accumulation_steps = plan.accumulation
+    training.activation_offloading = plan.activation_offloading
+    run.loss_chunk_size = str(plan.loss_chunk_bytes)
+    run.embedding_on_host, run.stream_base = plan.embedding_on_host, plan.stream_base
+
+
+def usable_bytes(memory: str, on_accelerator: bool) -> int:
+    """What may be allocated of a device's memory; an accelerator's driver and fragmentation take a share.
+
+    Raises:
+        ConfigError: not a size, or one too small for anything.
+    """
+    total = parse_size(memory)
+    usable = int(total * (1 - _FRAGMENTED_SHARE)) - _DRIVER_BYTES if on_accelerator else total
+    if usable <= 0:
+        raise ConfigError(f"--memory {memory} leaves nothing beside the {format_bytes(_DRIVER_BYTES)} of the driver")
+    return usable
+
+
+def choose(reckoned: MemoryModel, asked: Plan, limit_bytes: int) -> tuple[Plan, Need]:
+    """The fastest plan that fits.
+
+    Args:
+        asked: the run as its flags say.
+        limit_bytes: what may be allocated on the device.
+
+    Raises:
+        ConfigError: nothing fits; it says what the least would be.
+    """
+    least: tuple[Plan, Need] | None = None
+    for plan in _plans(asked, reckoned.can_spare_embedding):
+        need = reckoned.need(plan)
+        if need.device_bytes <= limit_bytes:
+            plan = _relaxed(reckoned, plan, asked, limit_bytes)
+            return plan, reckoned.need(plan)
+        if least is None or need.device_bytes < least[1].device_bytes:
+            least = plan, need
+    assert least is not None
+    raise ConfigError(
+        f"nothing fits in {format_bytes(limit_bytes)}: the least is {format_bytes(least[1].device_bytes)}, by "
+        f"{least[0].flags()}; lower --max_length or --lora_r, or take a smaller model"
+    )
+
+
+def _relaxed(reckoned: MemoryModel, plan: Plan, asked: Plan, limit_bytes: int) -> Plan:
+    """The plan without those of its savings that turn out not to be needed."""
+    for name in ("loss_chunk_bytes", "activation_offloading", "embedding_on_host"):
+        without = replace(plan, **{name: getattr(asked, name)})
+        if reckoned.need(without).device_bytes <= limit_bytes:
+            plan = without
+    return plan
+
+
+def _plans(asked: Plan, spare_embedding: bool) -> Iterator[Plan]:
+    """From the fastest to the leanest."""
+    for streams in (False, True) if not asked.stream_base else (True,):
+        rows, accumulation = asked.rows, asked.accumulation
+        while True:
+            yield from _same_batch(
+                replace(asked, rows=rows, accumulation=accumulation, stream_base=streams), spare_embedding
+            )
+            if rows == 1:
+                break
+            smaller = rows // 2
+            rows, accumulation = smaller, math.ceil(accumulation * rows / smaller)
+
+
+def _same_batch(plan: Plan, spare_embedding: bool) -> Iterator[Plan]:
+    yield plan
+    for chunk in _SMALLER_CHUNKS:
+        if chunk < plan.loss_chunk_bytes:
+            plan = replace(plan, loss_chunk_bytes=chunk)
+            yield plan
+    if not plan.activation_offloading:
+        plan = replace(plan, activation_offloading=True)
+        yield plan
+    if spare_embedding and not plan.embedding_on_host:
+        yield replace(plan, embedding_on_host=True)

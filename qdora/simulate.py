@@ -1,0 +1,246 @@
+"""One training step over fake tensors: what is alive, and when.
+
+The idea. torch's fake tensors have shapes and lifetimes but no values. The model's own code, our layers, the loss and
+the optimizer run over them as they would over real ones, and a dispatch mode counts the bytes of each storage from its
+birth to its death. So every architecture is reckoned by what it does, not by what a formula believes that it does.
+
+The constraint. A 70B model must take seconds, and each operation over fake tensors costs some 50 µs. Decoder layers are
+alike, so the step is run with three of them, the last of the model: a first one, whose input needs no gradient, a
+middle one, and a last one. What n layers keep and hold follows from the bytes of one.
+
+What is not seen: memory that a kernel takes and gives back within one operation (a matrix product's workspace).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
+
+from qdora.inject import decoder_layers
+from qdora.loss import summed_nll
+from qdora.workspace import Workspace, assume
+
+__all__ = ["Batch", "Segment", "StepTrace", "cut", "simulate_loss", "simulate_step", "simulate_update"]
+
+SIMULATED_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, as large as it gets."""
+
+    rows: int
+    length: int
+    """Tokens a row."""
+    padded: bool
+    """Whether rows differ in length, so that attention needs a mask."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the step, in bytes above what is alive between two steps."""
+
+    start: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """A step with three layers, or fewer."""
+
+    forward: tuple[Segment, ...]
+    """Of each layer, the embedding's included in the first."""
+    loss_start: int
+    """What is alive when the loss begins."""
+    backward: tuple[Segment, ...]
+    """Of each layer, the recompute included, in the order of the layers."""
+    kept_bytes: int
+    """What one layer keeps for the backward: its input."""
+    gradient_bytes: int
+    """What one layer's gradients take."""
+
+
+def cut(model: nn.Module) -> None:
+    """Leave a model its last layers, as many as are simulated, in place."""
+    layers = decoder_layers(model)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == len(layers) and module[0] is layers[0]:
+            del module[: max(0, len(layers) - SIMULATED_LAYERS)]
+
+
+def simulate_step(model: nn.Module, batch: Batch, workspace: Workspace, checkpointing: bool = True) -> StepTrace:
+    """Run forward, loss and backward.
+
+    Args:
+        model: on the meta device, with adapters, and cut.
+        workspace: of the device that is reckoned for.
+        checkpointing: whether layers are recomputed; without, what a layer keeps is all that its backward needs.
+    """
+    model = deepcopy(model)
+    with FakeTensorMode(), assume(workspace):
+        _materialize(model)
+        ledger = _Ledger()
+        with ledger:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            step = _Step(model, batch, ledger, checkpointing)
+            step.run()  # makes what stays for good
+            for parameter in trained:
+                parameter.grad = None
+            step.run()
+            return step.trace(sum(p.nbytes for p in trained) // len(decoder_layers(model)))
+
+
+def simulate_loss(head: nn.Module, positions: int, chunk_bytes: int) -> int:
+    """The most that the loss over so many positions takes beside the hidden states, in bytes.
+
+    Args:
+        head: the output head, on the meta device.
+    """
+    weight, bias = head.weight, head.bias
+    assert isinstance(weight, Tensor)
+    with FakeTensorMode():
+        weight_VH = torch.empty(weight.shape, dtype=weight.dtype)
+        bias_V = torch.empty(bias.shape, dtype=bias.dtype) if isinstance(bias, Tensor) else None
+        hidden = torch.empty(positions, weight.shape[1], dtype=weight.dtype, requires_grad=True)
+        chosen, labels = (torch.zeros(positions, dtype=torch.long) for _ in range(2))
+        ledger = _Ledger()
+        ledger.ignore([weight_VH, bias_V, hidden, chosen, labels])
+        with ledger:
+            loss = summed_nll(hidden[chosen], weight_VH, labels, bias_V, chunk_bytes)
+            del loss
+        return ledger.most
+
+
+def simulate_update(make: Callable[[list[Tensor]], torch.optim.Optimizer], shapes: Sequence[Tensor]) -> Segment:
+    """One optimizer step over parameters like these (on the meta device), in bytes.
+
+    Returns:
+        start: the state that the optimizer keeps; peak: the most that it takes beside parameters and gradients.
+    """
+    with FakeTensorMode():
+        params = [torch.empty(p.shape, dtype=p.dtype, requires_grad=True) for p in shapes]
+        for parameter in params:
+            parameter.grad = torch.empty_like(parameter)
+        ledger = _Ledger()
+        ledger.ignore([*params, *(p.grad for p in params)])
+        with ledger:
+            optimizer = make(params)
+            optimizer.step()
+            state = ledger.held
+            ledger.restart()
+            optimizer.step()
+    return Segment(state, ledger.most)
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts the bytes of storages that operations make, until they die."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.most = 0
+        self._known: dict[int, int] = {}
+
+    def ignore(self, tensors: Sequence[Tensor | None]) -> None:
+        """Take these for no bytes."""
+        self._known.update((tensor.untyped_storage()._cdata, 0) for tensor in tensors if tensor is not None)
+
+    def restart(self) -> None:
+        """Let the peak begin from here."""
+        self.most = self.held
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for item in tree_iter(result):
+            if isinstance(item, Tensor):
+                self._enter(item.untyped_storage())
+        return result
+
+    def _enter(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known[key] = size = storage.nbytes()
+        self.held += size
+        self.most = max(self.most, self.held)
+        weakref.finalize(storage, self._leave, key)
+
+    def _leave(self, key: int) -> None:
+        self.held -= self._known.pop(key)
+
+
+class _Step:
+    """Runs a micro-batch and notes what is alive where one layer ends and the next begins."""
+
+    def __init__(self, model: Any, batch: Batch, ledger: _Ledger, checkpointing: bool) -> None:
+        self._model, self._ledger = model, ledger
+        self._checkpointing = checkpointing
+        self._ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+        # Every token but the last of each row carries loss: no batch takes more.
+        positions = batch.rows * (batch.length - 1)
+        self._scored = (torch.zeros(positions, dtype=torch.long), torch.zeros(positions, dtype=torch.long))
+        self._labels = torch.zeros(positions, dtype=torch.long)
+        mask_shape = (batch.rows, 1, batch.length, batch.length)
+        self._mask = torch.ones(mask_shape, dtype=torch.bool) if batch.padded else None
+        self._marks: list[tuple[int, int]] = []
+        model.train()
+        for layer in decoder_layers(model):
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
+            layer._gradient_checkpointing_func = self._call_layer  # type: ignore[assignment]
+
+    def run(self) -> None:
+        """One micro-batch; the marks are of the last that ran."""
+        self._ledger.restart()
+        self._marks = []
+        self._base = self._ledger.held
+        hidden = self._model.base_model(
+            input_ids=self._ids, attention_mask=self._mask, use_cache=False
+        ).last_hidden_state
+        self._mark()
+        head = self._model.get_output_embeddings()
+        loss = summed_nll(hidden[self._scored], head.weight, self._labels, head.bias)
+        del hidden
+        self._mark()
+        loss.backward()
+        self._mark()
+
+    def _call_layer(self, layer: Callable[..., Any], *args: Any) -> Any:
+        self._mark()
+        result = checkpoint(layer, *args, use_reentrant=False) if self._checkpointing else layer(*args)
+        hidden = result if isinstance(result, Tensor) else result[0]
+        hidden.register_hook(lambda _: self._mark())  # its gradient is ready: the layer's backward begins
+        return result
+
+    def _mark(self) -> None:
+        self._marks.append((self._ledger.held, self._ledger.most))
+        self._ledger.restart()
+
+    def trace(self, gradient_bytes: int) -> StepTrace:
+        """The marks of the last run, cut into segments."""
+        n = len(decoder_layers(self._model))
+        starts = [held - self._base for held, _ in self._marks]
+        peaks = [most - self._base for _, most in self._marks[1:]]
+        segments = [Segment(start, peak) for start, peak in zip(starts[:-1], peaks, strict=True)]
+        forward, loss, backward = segments[:n], segments[n], segments[n + 1 :]
+        # Between the loss and the last layer only the final norm's gradient is made.
+        top = Segment(backward[1].start, max(backward[0].peak, backward[1].peak))
+        down = (top, *backward[2:])
+        first = Segment(0, max(self._marks[0][1] - self._base, forward[0].peak))
+        kept = loss.start - forward[-1].start
+        if n > 1:
+            kept = forward[-1].start - forward[-2].start
+        return StepTrace((first, *forward[1:]), loss.start, tuple(reversed(down)), kept, gradient_bytes)
+
+
+def _materialize(model: nn.Module) -> None:
+    """From the meta device to fake tensors of the CPU, whose kernels decide what is kept."""
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
