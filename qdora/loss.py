@@ -60,16 +60,8 @@ class _SummedNll(torch.autograd.Function):
         step = max(1, chunk_bytes // (4 * weight_VH.shape[0]))
         for start in range(0, h_TH.shape[0], step):
             part = slice(start, start + step)
-            logits = (h_TH[part] @ weight_VH.t()).float()
-            if bias_V is not None:
-                logits += bias_V
-            label = labels_T[part, None]
-            logsumexp = logits.logsumexp(dim=1, keepdim=True)
-            total += (logsumexp - logits.gather(1, label)).sum()
-            if dh_TH is not None:
-                probability = logits.sub_(logsumexp).exp_()
-                probability.scatter_add_(1, label, torch.full_like(logsumexp, -1.0))
-                dh_TH[part] = probability.to(h_TH.dtype) @ weight_VH
+            chunk = None if dh_TH is None else dh_TH[part]
+            total += _chunk_nll(h_TH[part], weight_VH, bias_V, labels_T[part, None], chunk)
         ctx.save_for_backward(dh_TH)
         return total
 
@@ -78,3 +70,24 @@ class _SummedNll(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         (dh_TH,) = ctx.saved_tensors
         return dh_TH * g.to(dh_TH.dtype), None, None, None, None
+
+
+def _chunk_nll(
+    h_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, label_T1: Tensor, dh_TH: Tensor | None
+) -> Tensor:
+    """Σ −log p(label), in the memory of one chunk of fp32 logits; fills dh_TH with the gradient, if there is one.
+
+    Not `torch.logsumexp`: it holds the exponentials beside the logits.
+    """
+    logits = (h_TH @ weight_VH.t()).float()
+    if bias_V is not None:
+        logits += bias_V
+    logits -= logits.amax(dim=1, keepdim=True)
+    chosen_T1 = logits.gather(1, label_T1)
+    exponentials = logits.exp_()
+    sum_T1 = exponentials.sum(dim=1, keepdim=True)
+    if dh_TH is not None:
+        probability = exponentials.div_(sum_T1)
+        probability.scatter_add_(1, label_T1, torch.full_like(sum_T1, -1.0))
+        torch.mm(probability.to(h_TH.dtype), weight_VH, out=dh_TH)
+    return (sum_T1.log() - chosen_T1).sum()

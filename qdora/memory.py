@@ -79,12 +79,16 @@ class Need:
     """Bytes on the device at the peak, by what they are for."""
     moment: str
     """When in the step the peak comes."""
-    host_bytes: int
-    """What waits in host memory."""
+    host_parts: dict[str, int]
+    """What waits in host memory, likewise."""
 
     @property
     def device_bytes(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host_parts.values())
 
     def __str__(self) -> str:
         width = max(map(len, self.parts))
@@ -136,7 +140,7 @@ class MemoryModel:
         lasting = self._lasting(plan)
         worst = max(self._moments(trace, plan), key=lambda moment: moment.total)
         parts = {**lasting, "gradients": worst.gradients, "kept layer inputs": worst.inputs, worst.what: worst.own}
-        return Need({name: size for name, size in parts.items() if size}, worst.when, self._host_bytes(plan, trace))
+        return Need({name: size for name, size in parts.items() if size}, worst.when, self._waiting(plan, trace))
 
     def _trace(self, rows: int) -> StepTrace:
         if rows not in self._traces:
@@ -204,12 +208,14 @@ class MemoryModel:
             resident["embeddings and head"] -= self._embedding_bytes
         return {**resident, "optimizer state": self._optimizer().start}
 
-    def _host_bytes(self, plan: Plan, trace: StepTrace) -> int:
-        return (
-            (sum(self._streamed) if plan.stream_base else 0)
-            + (self._embedding_bytes if plan.embedding_on_host else 0)
-            + (len(self._layers) * trace.kept_bytes if plan.activation_offloading else 0)
-        )
+    def _waiting(self, plan: Plan, trace: StepTrace) -> dict[str, int]:
+        """What is on the host."""
+        parts = {
+            "base weights": sum(self._streamed) if plan.stream_base else 0,
+            "embedding": self._embedding_bytes if plan.embedding_on_host else 0,
+            "layer inputs": len(self._layers) * trace.kept_bytes if plan.activation_offloading else 0,
+        }
+        return {name: size for name, size in parts.items() if size}
 
     @property
     def can_spare_embedding(self) -> bool:
