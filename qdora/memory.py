@@ -108,8 +108,16 @@ class Run:
     """Of the device."""
     optim: str = "adamw_torch"
     checkpointing: bool = True
-    packing: bool = False
-    """Whether rows are filled up to `length`, so that attention needs no mask."""
+    filled: bool = False
+    """Whether every row is `length` tokens, so that attention needs no mask."""
+    flattened: bool = False
+    """Whether the rows of a micro-batch are laid end to end, so that it needs one between them."""
+
+    def batch(self, rows: int) -> Batch:
+        """A micro-batch of so many rows, as the model sees it."""
+        if self.flattened:
+            return Batch(1, rows * self.length, padded=False, packed=True)
+        return Batch(rows, self.length, padded=rows > 1 and not self.filled)
 
 
 class MemoryModel:
@@ -144,8 +152,8 @@ class MemoryModel:
 
     def _trace(self, rows: int) -> StepTrace:
         if rows not in self._traces:
-            batch = Batch(rows, self._run.length, padded=rows > 1 and not self._run.packing)
-            self._traces[rows] = simulate_step(self._small, batch, self._run.workspace, self._run.checkpointing)
+            batch, workspace = self._run.batch(rows), self._run.workspace
+            self._traces[rows] = simulate_step(self._small, batch, workspace, self._run.checkpointing)
         return self._traces[rows]
 
     def _loss(self, rows: int, chunk_bytes: int) -> int:

@@ -74,10 +74,11 @@ class HostInputs:
 
     def __call__(self, layer: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
         """What `torch.utils.checkpoint.checkpoint` does, for a layer whose first argument is its input."""
-        storage = hidden.untyped_storage()._cdata
+        # Not `hidden` itself: autograd keeps this function for as long as what it packed.
+        storage, shape = hidden.untyped_storage()._cdata, hidden.shape
 
         def pack(tensor: Tensor) -> Tensor | _Parked:
-            is_input = tensor.untyped_storage()._cdata == storage and tensor.shape == hidden.shape
+            is_input = tensor.untyped_storage()._cdata == storage and tensor.shape == shape
             return self._park(tensor) if is_input else tensor
 
         with saved_tensors_hooks(pack, self._unpack):

@@ -53,7 +53,9 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
             workspace=ACCELERATOR if on_accelerator else CPU,
             optim=str(getattr(training.optim, "value", training.optim)),
             checkpointing=training.gradient_checkpointing,
-            packing=training.packing,
+            filled=training.packing,
+            # As TRL does: these ways of packing, and batches without padding, go through attention as one row.
+            flattened=training.padding_free or (training.packing and training.packing_strategy != "wrapped"),
         ),
     )
 

@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qdora.inject import decoder_layers
 from qdora.loss import summed_nll
@@ -33,6 +35,7 @@ from qdora.workspace import Workspace, assume
 __all__ = ["Batch", "Segment", "StepTrace", "cut", "simulate_loss", "simulate_step", "simulate_update"]
 
 SIMULATED_LAYERS = 3
+_ATTENTION = "sdpa_over_fake_tensors"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Batch:
     """Tokens a row."""
     padded: bool
     """Whether rows differ in length, so that attention needs a mask."""
+    packed: bool = False
+    """Whether a row holds several texts, so that attention needs a mask between them."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ def simulate_step(model: nn.Module, batch: Batch, workspace: Workspace, checkpoi
     model = deepcopy(model)
     with FakeTensorMode(), assume(workspace):
         _materialize(model)
+        if not batch.packed:
+            _leave_out_needless_masks(model)
         ledger = _Ledger()
         with ledger:
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -189,8 +196,7 @@ class _Step:
         positions = batch.rows * (batch.length - 1)
         self._scored = (torch.zeros(positions, dtype=torch.long), torch.zeros(positions, dtype=torch.long))
         self._labels = torch.zeros(positions, dtype=torch.long)
-        mask_shape = (batch.rows, 1, batch.length, batch.length)
-        self._mask = torch.ones(mask_shape, dtype=torch.bool) if batch.padded else None
+        self._mask = torch.ones(batch.rows, batch.length, dtype=torch.long) if batch.padded else None
         self._marks: list[tuple[int, int]] = []
         model.train()
         for layer in decoder_layers(model):
@@ -244,3 +250,20 @@ class _Step:
 def _materialize(model: nn.Module) -> None:
     """From the meta device to fake tensors of the CPU, whose kernels decide what is kept."""
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+
+
+def _leave_out_needless_masks(model: Any) -> None:
+    """transformers makes a mask unless it sees in the positions that no row is packed, and fakes have no values to see.
+
+    It lets attentions be registered by name, and their masks too: this one is told what the positions would say.
+    """
+    if model.config._attn_implementation != "sdpa":
+        return
+
+    def mask(allow_is_causal_skip: bool = True, **rest: Any) -> Tensor | None:
+        made: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](allow_is_causal_skip=True, **rest)
+        return made
+
+    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, mask)
+    model.set_attn_implementation(_ATTENTION)

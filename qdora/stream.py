@@ -106,7 +106,8 @@ class LayerStream:
         if not self._holds(index):
             self._fetch(index)
         self._copier.wait_for(index % len(self.slots))
-        upwards = self._current is None or index > self._current
+        # At the first layer too: a pass may begin there after one that ended at the last, with no backward between.
+        upwards = self._current is None or index > self._current or index == 0
         self._current = index
         ahead = index + 1 if upwards else index - 1
         if 0 <= ahead < len(self._copies) and not self._holds(ahead):

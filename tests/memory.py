@@ -1,9 +1,12 @@
-"""How much memory a piece of work takes, measured in a process of its own."""
+"""How much memory a piece of work takes: of the process, and of torch's allocator."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+
+import torch
 
 _PROGRAM = """
 import resource, sys
@@ -24,3 +27,15 @@ def peak_of(work: str, warm_up: str) -> int:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.rpartition("PEAK")[2])
+
+
+def allocated_by(work: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator holds at once for it, on the CPU, above what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most

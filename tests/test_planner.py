@@ -1,0 +1,130 @@
+"""Which plan is taken, on made-up needs where the answer is plain, and on a real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdora import ConfigError
+from qdora.arguments import flags_of, parse_estimate
+from qdora.memory import Need, Plan
+from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
+from tests.conftest import make_model
+
+MB = 2**20
+ASKED = Plan(rows=4, accumulation=2, loss_chunk_bytes=64 * MB)
+
+
+class MadeUp:
+    """Every saving saves a round sum: 1,000 for the base, 100 a row, 2 a MiB of chunk, 50 for the embedding."""
+
+    def __init__(self, can_spare_embedding: bool = True) -> None:
+        self.can_spare_embedding = can_spare_embedding
+
+    def need(self, plan: Plan) -> Need:
+        parts = {
+            "base": 100 if plan.stream_base else 1000,
+            "rows": plan.rows * (70 if plan.activation_offloading else 100),
+            "loss": plan.loss_chunk_bytes // MB * 2,
+            "embedding": 0 if plan.embedding_on_host else 50,
+        }
+        return Need(parts, "always", {})
+
+
+@pytest.mark.parametrize(
+    ("limit", "changes"),
+    [
+        (1578, {}),
+        (1577, {"loss_chunk_bytes": 16 * MB}),
+        (1481, {"loss_chunk_bytes": 4 * MB}),
+        (1457, {"activation_offloading": True}),  # the small chunks turn out not to be needed
+        (1337, {"loss_chunk_bytes": 4 * MB, "activation_offloading": True}),
+        (1337 - 50, {"loss_chunk_bytes": 4 * MB, "activation_offloading": True, "embedding_on_host": True}),
+        (1286, {"rows": 2, "accumulation": 4, "loss_chunk_bytes": 16 * MB}),
+        (1100, {"rows": 1, "accumulation": 8, "loss_chunk_bytes": 4 * MB, "activation_offloading": True} | {"x": 1}),
+        (678, {"stream_base": True}),
+        (178, {"rows": 1, "accumulation": 8, "loss_chunk_bytes": 4 * MB} | {"all": 1}),
+    ],
+)
+def test_the_fastest_that_fits(limit: int, changes: dict[str, Any]) -> None:
+    plan, need = choose(MadeUp(), ASKED, limit)
+    assert need.device_bytes <= limit
+    assert need == MadeUp().need(plan)
+    assert plan.rows * plan.accumulation == 8
+    marked = {"x", "all"} & changes.keys()
+    for name, value in changes.items():
+        if name not in marked:
+            assert getattr(plan, name) == value, plan
+    if not marked:
+        for name in ("activation_offloading", "embedding_on_host", "stream_base"):
+            assert getattr(plan, name) is changes.get(name, False), plan
+    if "all" in marked:
+        assert plan.activation_offloading
+        assert plan.embedding_on_host
+        assert plan.stream_base
+
+
+def test_what_was_asked_for_stays() -> None:
+    asked = Plan(rows=2, accumulation=1, loss_chunk_bytes=4 * MB, stream_base=True, activation_offloading=True)
+    assert choose(MadeUp(), asked, 10**6)[0] == asked
+
+
+def test_an_uneven_batch_keeps_at_least_its_rows() -> None:
+    plan, _ = choose(MadeUp(), Plan(rows=5, accumulation=1, loss_chunk_bytes=64 * MB), 1300)
+    assert plan.rows == 2
+    assert plan.rows * plan.accumulation >= 5
+
+
+def test_the_embedding_is_left_where_it_must_be() -> None:
+    for limit in range(240, 1600, 40):
+        assert not choose(MadeUp(can_spare_embedding=False), ASKED, limit)[0].embedding_on_host
+
+
+def test_nothing_fits() -> None:
+    with pytest.raises(ConfigError, match=r"nothing fits in 100 B: the least is 178 B, by --per_device_train_batch_s"):
+        choose(MadeUp(), ASKED, 100)
+
+
+def test_what_is_usable() -> None:
+    assert usable_bytes("8GB", on_accelerator=False) == 8 * 10**9
+    assert usable_bytes("8GB", on_accelerator=True) == 8 * 10**9 - 8 * 10**9 * 3 // 100 - 500 * 10**6
+    for wrong in ("400MB", "much", "0"):
+        with pytest.raises(ConfigError):
+            usable_bytes(wrong, on_accelerator=True)
+
+
+def parsed(model: Path, **flags: Any) -> tuple[Any, Any]:
+    return parse_estimate(flags_of({"model_name_or_path": model, "use_cpu": True, "max_length": 64, **flags}))
+
+
+def test_a_real_model_and_its_flags(tmp_path: Path) -> None:
+    """The less there is, the more is saved, and the flags that are printed ask for just that plan."""
+    model = make_model(tmp_path / "model", tie=False, num_hidden_layers=6, vocab_size=4096)
+    run, training = parsed(model, lora_r=2, per_device_train_batch_size=16)
+    reckoned, asked = memory_model(run, training, on_accelerator=False), asked_plan(run, training)
+    limit = reckoned.need(asked).device_bytes
+    seen = []
+    while True:
+        try:
+            plan, need = choose(reckoned, asked, limit)
+        except ConfigError:
+            break
+        seen.append(plan)
+        again = parsed(model, lora_r=2, **dict(zip(*[iter(plan.flags().replace("--", "").split())] * 2, strict=True)))
+        assert asked_plan(*again) == plan
+        limit = need.device_bytes - 1
+    assert seen[0] == asked
+    assert len(seen) > 3
+    assert seen[-1].rows == 1
+    assert seen[-1].stream_base
+    adopt(seen[-1], run, training)
+    assert asked_plan(run, training) == seen[-1]
+
+
+def test_rows_of_any_length_cannot_be_reckoned(tiny: Path) -> None:
+    run, training = parsed(tiny)
+    training.max_length = None
+    with pytest.raises(ConfigError, match="must be known"):
+        memory_model(run, training, on_accelerator=False)

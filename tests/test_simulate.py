@@ -1,0 +1,109 @@
+"""The ledger against torch's own record of allocations, for the parts of a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qdora
+from qdora.inject import decoder_layers
+from qdora.loss import summed_nll
+from qdora.model import hollow_model
+from qdora.optimizer import CompensatedAdamW
+from qdora.simulate import Batch, cut, simulate_loss, simulate_step, simulate_update
+from qdora.workspace import CPU
+from tests.conftest import make_model
+from tests.memory import allocated_by
+
+ADAPTER = qdora.AdapterConfig(rank=4, alpha=8)
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**22, 2**24])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_loss(chunk_bytes: int, bias: bool) -> None:
+    positions, hidden, vocabulary = 1500, 64, 8000
+    with torch.device("meta"):
+        head = nn.Linear(hidden, vocabulary, bias=bias, dtype=torch.bfloat16)
+    weight, states = torch.randn(vocabulary, hidden).bfloat16(), torch.randn(positions, hidden).bfloat16()
+    states.requires_grad_()
+    bias_V = torch.zeros(vocabulary).bfloat16() if bias else None
+    rows, labels = torch.arange(positions), torch.zeros(positions, dtype=torch.long)
+    real = allocated_by(lambda: summed_nll(states[rows], weight, labels, bias_V, chunk_bytes))
+    reckoned = simulate_loss(head, positions, chunk_bytes)
+    assert reckoned == pytest.approx(real, rel=0.05)
+    # the logits of a chunk in fp32 and 16 bits, and the hidden states twice
+    assert reckoned < 1.6 * chunk_bytes + 3 * states.nbytes
+
+
+def test_the_update_keeps_six_bytes_a_value() -> None:
+    shapes = [torch.empty(2**20, dtype=torch.bfloat16, device="meta"), torch.empty(3, 7, device="meta")]
+    segment = simulate_update(lambda params: CompensatedAdamW(params, lr=1e-4), shapes)
+    assert segment.start == pytest.approx(6 * 2**20, rel=0.01)
+    parameter = torch.zeros(2**20, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = CompensatedAdamW([parameter], lr=1e-4)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    above = allocated_by(optimizer.step)
+    assert segment.peak - segment.start == pytest.approx(above, rel=0.05)
+
+
+def deep(tmp_path: Path, layers: int, **changes: int) -> Any:
+    return hollow_model(make_model(tmp_path / str(layers), num_hidden_layers=layers, **changes), ADAPTER)
+
+
+def test_cut_leaves_the_last_layers(tmp_path: Path) -> None:
+    model = deep(tmp_path, 7)
+    last = decoder_layers(model)[-1]
+    cut(model)
+    assert len(decoder_layers(model)) == 3
+    assert decoder_layers(model)[-1] is last
+    cut(model)
+    assert len(decoder_layers(model)) == 3
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_step(layers: int, padded: bool, tmp_path: Path) -> None:
+    model = deep(tmp_path, layers)
+    before = {name: (p.shape, p.device.type) for name, p in model.named_parameters()}
+    trace = simulate_step(model, Batch(2, 128, padded), CPU)
+    assert {name: (p.shape, p.device.type) for name, p in model.named_parameters()} == before
+    assert not any(p.grad is not None for p in model.parameters())
+    assert len(trace.forward) == len(trace.backward) == layers
+    if layers > 1:
+        assert trace.kept_bytes == pytest.approx(2 * 128 * 64 * 2, rel=0.02)  # the layer's input, in bf16
+    assert trace.gradient_bytes == sum(p.nbytes for p in model.parameters() if p.requires_grad) // layers
+    assert all(segment.peak > segment.start >= 0 for segment in (*trace.forward, *trace.backward))
+
+
+def test_a_layer_that_is_not_recomputed_keeps_more(tmp_path: Path) -> None:
+    model = deep(tmp_path, 3)
+    lean, fat = (simulate_step(model, Batch(1, 64, False), CPU, checkpointing) for checkpointing in (True, False))
+    assert fat.kept_bytes > 4 * lean.kept_bytes
+
+
+def test_it_is_the_step_that_runs(tmp_path: Path) -> None:
+    """Three layers, no depth to be reckoned: forward, loss and backward of the real model take what the trace says."""
+    path = make_model(tmp_path / "model", num_hidden_layers=3, hidden_size=128, intermediate_size=512)
+    trace = simulate_step(hollow_model(path, ADAPTER), Batch(1, 400, False), CPU)
+    model: Any = qdora.load_model(path, adapter=ADAPTER, device="cpu").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.arange(400)[None]
+    head = model.get_output_embeddings()
+
+    def step() -> Tensor:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        loss = summed_nll(hidden[0, :-1], head.weight, ids[0, 1:])
+        loss.backward()
+        return loss
+
+    step()
+    model.zero_grad(set_to_none=True)
+    real = allocated_by(step)
+    reckoned = max(segment.peak for segment in (*trace.forward, *trace.backward))
+    loss = trace.loss_start + simulate_loss(hollow_model(path, ADAPTER).get_output_embeddings(), 399, 64 * 2**20)
+    assert max(reckoned, loss) == pytest.approx(real, rel=0.05)
