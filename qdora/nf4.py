@@ -29,6 +29,10 @@ Format: what transformers writes for bitsandbytes (`weight`, `weight.absmax`, `w
 arXiv 2305.14314, section 3; double quantization: the absmax of 64 weights less their mean, in 8 bits with one
 fp32 absmax for each 256 of them.
 
+Several processes. FSDP2 shards parameters and copies buffers, so the packed bytes and the absmax are parameters, though
+nothing trains them: the absmax is 1/32 of the packed bytes (1/8 if it is not quantized itself), which, left whole
+beside an eighth of the weights, would be a fifth of what a process holds. What quantizes the absmax is 1/2000, and whole.
+
 Shape suffixes: T tokens, I in_features, O out_features, R rank.
 """
 
@@ -97,7 +101,7 @@ class NF4Weight(KeepsDtype):
         if flat.numel() != blocks * self.blocksize // 2:
             flat = nn.functional.pad(flat, (0, blocks * self.blocksize // 2 - flat.numel()))
         self.packed = nn.Parameter(flat, requires_grad=False)
-        self.register_buffer("absmax", state.absmax, persistent=False)
+        self.absmax = nn.Parameter(state.absmax, requires_grad=False)
         nested = state.state2
         if nested is not None and nested.blocksize != NESTED_BLOCKSIZE:
             raise CheckpointError(f"nested blocksize must be {NESTED_BLOCKSIZE}, found {nested.blocksize}")
