@@ -15,11 +15,11 @@ LAYERS = [
     {"planner", "trainer", "verify"},
     {"arguments", "memory", "model"},
     {"checkpoint", "sources"},
-    {"stream", "offload", "simulate"},
+    {"stream", "offload", "simulate", "sharding"},
     {"inject"},
-    {"data", "dora", "curves"},
+    {"data", "dora", "curves", "scoring"},
     {"nf4", "dense", "loss", "optimizer", "rows", "shards", "output"},
-    {"base", "config", "workspace"},
+    {"base", "config", "distributed", "workspace"},
     {"errors"},
 ]
 
