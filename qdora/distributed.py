@@ -7,9 +7,9 @@ what was wrong and leaves at once; another one waits for its end, and speaks onl
 its fault. The way out of a failure is `os._exit`: the others may be waiting in a collective that will never be
 complete, and taking a process group apart waits for it.
 
-After a success the process group is taken apart while nothing uses it any more. DDP's reducer must be gone by then: were
-it the last to hold the group, its destructor would join gloo's threads while it holds Python's lock, which they wait
-for.
+After a success the process group is taken apart while nothing uses it any more. DDP's reducer must be gone by then:
+were it the last to hold the group, its destructor would join gloo's threads while it holds Python's lock, which they
+wait for.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from qdora.errors import CheckpointError, ConfigError
 from qdora.nf4 import NF4Weight, is_packed_linear
 
 __all__ = [
-    "adapted_linears",
     "adapt",
+    "adapted_linears",
     "adapters_disabled",
     "attach",
     "decoder_layers",

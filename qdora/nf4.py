@@ -29,9 +29,10 @@ Format: what transformers writes for bitsandbytes (`weight`, `weight.absmax`, `w
 arXiv 2305.14314, section 3; double quantization: the absmax of 64 weights less their mean, in 8 bits with one
 fp32 absmax for each 256 of them.
 
-Several processes. FSDP2 shards parameters and copies buffers, so the packed bytes and the absmax are parameters, though
-nothing trains them: the absmax is 1/32 of the packed bytes (1/8 if it is not quantized itself), which, left whole
-beside an eighth of the weights, would be a fifth of what a process holds. What quantizes the absmax is 1/2000, and whole.
+Several processes. FSDP2 shards parameters and leaves buffers whole, so the packed bytes and the absmax are parameters,
+though nothing trains them: the absmax is 1/32 of the packed bytes (1/8 if it is not quantized itself), which, left
+whole beside an eighth of the weights, would be a fifth of what a process holds. What quantizes the absmax is 1/2000 of
+the packed bytes, and stays whole.
 
 Shape suffixes: T tokens, I in_features, O out_features, R rank.
 """

@@ -14,9 +14,9 @@ parameter and not the second moment (500 steps after one large gradient it stood
 at 1.6 times); torchao's, which rounds the parameter stochastically, and so shakes it a little at
 each step.
 
-The random bits come from the seed and the number of the step, and from nothing else that happens: a seed repeats a run,
-a resumed run goes on to the same bits, and processes that each hold all of the parameters (DDP) round them alike, though
-dropout has drawn other numbers in each. Where a process holds shards (FSDP2), it updates those, with bits of its own.
+The random bits come from the seed and the number of the step, and from nothing else that happens: a seed repeats a
+run, a resumed run goes on to the same bits, and processes that each hold all of the parameters (DDP) round them alike,
+though dropout has drawn other numbers in each. A process that holds shards (FSDP2) updates those, with bits of its own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """FSDP2: each process holds a part of every weight, and a layer is whole only while it computes.
 
-What is sharded. Each decoder layer is a unit: its packed weights and their absmax (frozen bytes), its adapters, its norm
-layers' weights. torch gathers a unit as bytes, so that the dtypes may differ; gradients are reduced for the adapters
-alone. The input embedding is a unit of its own if it is not the head too. The rest (head, last norm) is the root's, and
-the root is the `ScoredModel`, for its forward is where the loss is computed.
+What is sharded. Each decoder layer is a unit: its packed weights and their absmax (frozen bytes), its adapters, the
+weights of its norms. torch gathers a unit as bytes, so that the dtypes may differ (only what trains must be of one);
+gradients are reduced for the adapters alone. The input embedding is a unit of its own if it is not the head too. The
+rest (head, last norm) is the root's, and the root is the `ScoredModel`, for its forward is where the loss is computed.
 
 Why not accelerate's preparation. It shards a model that is whole, with its adapters on the CPU; it upcasts, it maps an
 optimizer's parameters by address, and saving gathers the base. Here a layer goes to the device, gets its adapters there

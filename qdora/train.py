@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import TrainerState, set_seed
+from transformers.utils import logging
 
 from qdora.arguments import RunArguments, adapter_config, flags_of, parse_train
 from qdora.curves import loss_series, plot_loss
@@ -76,6 +78,8 @@ def train(config: str | Path | None = None, **flags: Any) -> TrainReport | None:
 
 def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     """`train`, given a command line."""
+    if not is_main():
+        _hush()
     run, training = parse_train(arguments)
     sharding = take_sharding(training)
     output_dir = Path(training.output_dir)
@@ -112,6 +116,12 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     trainer = _build_trainer(model, tokenizer, training, data, evaluation, run, sharding)
     _run(trainer, resume)
     return _finish(trainer, run, data, output_dir)
+
+
+def _hush() -> None:
+    """What libraries log and warn of is said by the main process; in the others it would be repeated."""
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
 
 
 def _plan(run: RunArguments, training: Any) -> None:

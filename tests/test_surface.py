@@ -68,7 +68,19 @@ def test_the_readme_s_tree_is_the_tree() -> None:
 
 def test_tests_mirror_the_source() -> None:
     tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    # What these do is tested where it is used: in `test_inject`, `test_dora`, `test_train` and `test_merge`.
-    elsewhere = {"__init__", "__main__", "errors", "base", "dense", "curves", "trainer", "verify"}
+    # What these do is tested where it is used: in `test_inject`, `test_dora`, `test_train`, `test_merge` and
+    # `test_distributed`.
+    elsewhere = {
+        "__init__",
+        "__main__",
+        "errors",
+        "base",
+        "dense",
+        "curves",
+        "trainer",
+        "verify",
+        "scoring",
+        "sharding",
+    }
     missing = {path.stem for path in (ROOT / "qdora").glob("*.py")} - tested - elsewhere
     assert not missing
