@@ -30,6 +30,7 @@ from qdora.distributed import local, processes
 from qdora.dora import DoRALinear
 from qdora.errors import ConfigError, reason
 from qdora.inject import adapt, decoder_layers, prepare_targets
+from qdora.nf4 import NF4Weight
 from qdora.scoring import ScoredModel
 
 __all__ = ["Sharding", "attach_and_shard", "shard_root", "take_sharding"]
@@ -131,6 +132,9 @@ def shard_root(scored: ScoredModel, sharding: Sharding) -> None:
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh, reshard: bool | None) -> None:
+    for weight in module.modules():
+        if isinstance(weight, NF4Weight):
+            weight.pass_for_floats()
     try:
         fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
     except NotImplementedError as error:

@@ -81,6 +81,7 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     if not is_main():
         _hush()
     run, training = parse_train(arguments)
+    training.log_level_replica = "error"
     sharding = take_sharding(training)
     output_dir = Path(training.output_dir)
     _check_place(output_dir)

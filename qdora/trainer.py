@@ -85,7 +85,9 @@ class AdapterTrainer(SFTTrainer):
     def _other_loss(self) -> bool:
         # `aux_loss_enabled` is newer than the oldest TRL that fits: the load balancing of mixtures of experts.
         balances = getattr(self, "aux_loss_enabled", False)
-        return self.label_smoother is not None or self.args.loss_type != "nll" or balances
+        # `chunked_nll` is what TRL called its own lean way before that became the plain one.
+        plain = self.args.loss_type in ("nll", "chunked_nll")
+        return self.label_smoother is not None or not plain or balances
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)

@@ -19,16 +19,19 @@ from qdora.scoring import ScoredModel
 from qdora.sharding import Sharding, shard_root
 
 
+BYTES = (torch.uint8, torch.float8_e5m2)
+
+
 def packed_bytes(model: torch.nn.Module) -> int:
     weights = [module for module in model.modules() if isinstance(module, NF4Weight)]
     return sum(local(p).untyped_storage().nbytes() for weight in weights for p in weight.parameters())
 
 
 def living_bytes() -> int:
-    """Of every uint8 storage that anything in this process still holds."""
+    """Of every storage of bytes that anything in this process still holds."""
     gc.collect()
     found = [tensor for tensor in gc.get_objects() if type(tensor) in (torch.Tensor, torch.nn.Parameter)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if t.dtype == torch.uint8}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if t.dtype in BYTES}
     return sum(storages.values())
 
 
