@@ -119,6 +119,16 @@ class AdapterTrainer(SFTTrainer):
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.args.world_size == 1:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # By way of the host: a shard's owner has no room for the whole, and transformers 5.17 asks torch for `cpu:1`.
+        files = [Path(checkpoint) / "optimizer.pt", Path(checkpoint) / "scheduler.pt"]
+        if all(map(Path.is_file, files)):
+            for file, owner in zip(files, (self.optimizer, self.lr_scheduler), strict=True):
+                owner.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # The trainer's state comes next and says that the checkpoint is complete: for every process.
