@@ -18,7 +18,6 @@ from qdora.nf4 import NF4Weight
 from qdora.scoring import ScoredModel
 from qdora.sharding import Sharding, shard_root
 
-
 BYTES = (torch.uint8, torch.float8_e5m2)
 
 
