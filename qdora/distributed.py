@@ -4,7 +4,8 @@ Who speaks. All processes read the same flags and the same data, so they find th
 
 How they end. A launcher (torchrun, accelerate) ends every process as soon as one of them has failed. The main one says
 what was wrong and leaves at once; another one waits for its end, and speaks only if none comes: then it was alone with
-its fault. The way out of a failure is `os._exit`: the others may be waiting in a collective that will never be
+its fault. An error that nobody foresaw waits longer still, for it may be what a lost connection to the first to fail
+looks like. The way out of a failure is `os._exit`: the others may be waiting in a collective that will never be
 complete, and taking a process group apart waits for it.
 
 After a success the process group is taken apart while nothing uses it any more. DDP's reducer must be gone by then:
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = ["is_main", "local", "processes", "run_to_the_end", "say", "spread_like", "whole"]
 
-_SECONDS_TO_BE_ENDED = 5.0
+_PATIENCE_SECONDS = 5.0
 
 
 def processes() -> int:
@@ -59,15 +60,16 @@ def run_to_the_end(verb: Callable[[], tuple[int, str]]) -> int:
         status, line = verb()
         _complain(line)
         return status
+    turns = 0 if is_main() else 1
     try:
         status, line = verb()
     except Exception:
         status, line = 1, traceback.format_exc().rstrip()
+        turns += 1
     if status == 0:
         _take_group_apart()
         return 0
-    if not is_main():
-        time.sleep(_SECONDS_TO_BE_ENDED)
+    time.sleep(turns * _PATIENCE_SECONDS)
     _complain(line)
     sys.stdout.flush()
     os._exit(status)
