@@ -71,7 +71,8 @@ class AdapterTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._head_is_plain:
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        total = model(lean=True, **inputs)
+        entry = self._scored if model is self.model else model
+        total = entry(lean=True, **inputs)
         if num_items_in_batch is None:
             return total / (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
         # If the tokens were counted in all processes, so must the loss be: their gradients are averaged.
