@@ -111,7 +111,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
         name = flag[2:].partition("=")[0].replace("-", "_")
         if flag.startswith("--") and name not in known:
             raise ConfigError(f"unknown flag --{name}{_suggestion(name, known)}")
-    flags = [_spelled(flag) for flag in flags]
+    flags = _with_bare_fsdp([_spelled(flag) for flag in flags])
     missing = [name for name in ("model_name_or_path", "dataset", "output_dir") if not _is_given(name, flags)]
     if missing:
         raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (as flags or in the config file)")
@@ -211,6 +211,19 @@ def _spelled(flag: str) -> str:
         return flag
     name, equals, value = flag.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _with_bare_fsdp(flags: Sequence[str]) -> list[str]:
+    """`--fsdp true`, as a file says it, as the bare `--fsdp` that transformers understands; and none for false."""
+    plain: list[str] = []
+    for flag in flags:
+        value = flag.partition("=")[2].lower() if flag.startswith("--fsdp=") else flag.lower()
+        asked = flag.startswith("--fsdp=") or plain[-1:] == ["--fsdp"]
+        if asked and value in ("true", "false"):
+            plain = [*(plain[:-1] if plain[-1:] == ["--fsdp"] else plain), *(["--fsdp"] if value == "true" else [])]
+        else:
+            plain.append(flag)
+    return plain
 
 
 def _is_given(name: str, flags: Sequence[str]) -> bool:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qdora.config import ALL_LINEAR, AdapterConfig
+from qdora.distributed import local, spread_like, whole
 from qdora.dora import DoRALinear
 from qdora.errors import CheckpointError, ConfigError
 from qdora.inject import adapted_linears, attach, linear_paths, linear_shape
@@ -100,12 +101,13 @@ class AdapterFile:
     file does not say (PEFT's do not)."""
 
 
-def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False) -> None:
+def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False, write: bool = True) -> None:
     """Write the model's adapters to the directory `out`, which is made if need be.
 
     Args:
-        model: with adapters attached.
+        model: with adapters attached. If it is sharded, every process must join in; the base is never gathered.
         exact_offsets: also write the magnitude offsets bit for bit, for a trainer to go on from.
+        write: False leaves the writing to another process.
 
     Raises:
         ConfigError: the model has no adapters.
@@ -114,22 +116,37 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False)
     if not layers:
         raise ConfigError("the model has no adapters to save; attach some with load_model(path, adapter=...)")
     config: AdapterConfig = model.qdora_adapter  # type: ignore[assignment]
+    tensors, offsets = {}, {}
+    for path, layer in layers.items():
+        A, B, offset = _gathered(layer)
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = A
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = B
+        if offset is not None:
+            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = layer.base_norm().cpu() + offset
+            offsets[path] = offset
+    if not write:
+        return
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for path, layer in layers.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
-        if layer.use_dora:
-            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = layer.magnitude().cpu()
     metadata = {"format": "pt", "qdora_base": _kind_of_base(model)}
     targets = _target_names(config, list(layers), linear_paths(model))
     (directory / OFFSETS_FILE).unlink(missing_ok=True)  # an earlier adapter's
     _replace_file(directory / WEIGHTS_FILE, tensors, metadata)
-    if exact_offsets and config.use_dora:
-        offsets = {path: layer.magnitude_offset.detach().cpu() for path, layer in layers.items()}  # type: ignore[union-attr]
+    if exact_offsets and offsets:
         _replace_file(directory / OFFSETS_FILE, offsets, {"format": "pt"})
     write_json(directory / CONFIG_FILE, _peft_config(config, targets, getattr(model.config, "_name_or_path", None)))
+
+
+@torch.no_grad()
+def _gathered(layer: DoRALinear) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A, B and the magnitude offset on the CPU, whole."""
+    A, B, offset = (
+        None if tensor is None else whole(tensor.detach()).cpu().contiguous()
+        for tensor in (layer.lora_A, layer.lora_B, layer.magnitude_offset)
+    )
+    assert A is not None
+    assert B is not None
+    return A, B, offset
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
@@ -237,15 +254,20 @@ def _check_fits(adapter: AdapterFile, model: nn.Module) -> None:
 def _copy_into(layer: DoRALinear, adapter: LinearAdapter, offset: Tensor | None, name: str) -> None:
     if layer.use_dora != (adapter.magnitude is not None):
         raise CheckpointError(f"{name}: one of model and adapter has a magnitude and the other has none")
-    layer.lora_A.copy_(adapter.A)
-    layer.lora_B.copy_(adapter.B)
+    _fill(layer.lora_A, adapter.A)
+    _fill(layer.lora_B, adapter.B)
     if layer.magnitude_offset is not None and adapter.magnitude is not None:
         from_file = adapter.magnitude.to(layer.base.device) - layer.base_norm()
         # The file of exact offsets speaks only if it says what the adapter says; another tool may have changed that.
         rounding = float(adapter.magnitude.abs().max()) * 2**-20
         agrees = offset is not None and torch.allclose(offset.to(from_file), from_file, rtol=2**-7, atol=rounding)
-        layer.magnitude_offset.copy_(offset if agrees and offset is not None else from_file)
+        _fill(layer.magnitude_offset, offset if agrees and offset is not None else from_file)
     layer.refresh()
+
+
+def _fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy values into a parameter, or into this process's shard of it."""
+    local(parameter).copy_(local(spread_like(values, parameter)))
 
 
 def _kind_of_base(model: nn.Module) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from qdora import __version__
 from qdora.arguments import common_flags
+from qdora.distributed import run_to_the_end, say
 from qdora.errors import ConfigError, QDoRAError, reason
 from qdora.estimate import estimate_from_arguments
 from qdora.merge import merge
@@ -66,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    return run_to_the_end(lambda: _run(given))
+
+
+def _run(given: list[str]) -> tuple[int, str]:
+    """The exit status and what to say on standard error."""
     try:
         if given[:1] == ["train"]:
             _train(given[1:])
@@ -74,26 +80,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _quantize_or_merge(_parser().parse_args(given))
     except QDoRAError as error:
-        print(f"qdora: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2, f"qdora: {' '.join(str(error).split())}"
     except torch.OutOfMemoryError as error:
-        print(f"qdora: out of memory: {reason(error)}; a smaller model, batch or length may fit", file=sys.stderr)
-        return 2
+        return 2, f"qdora: out of memory: {reason(error)}; a smaller model, batch or length may fit"
     except KeyboardInterrupt:
-        print("qdora: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return 130, "qdora: interrupted"
+    return 0, ""
 
 
 def _train(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_TRAIN_HELP.format(ours=common_flags()))
+        say(_TRAIN_HELP.format(ours=common_flags()))
         return
     report = train_from_arguments(arguments)
     if report is None:
         return  # a dry run, which has said all
-    print(report)
-    print(f"next: qdora merge {report.base} {report.output_dir} OUT")
+    say(str(report))
+    say(f"next: qdora merge {report.base} {report.output_dir} OUT")
 
 
 def _estimate(arguments: list[str]) -> None:

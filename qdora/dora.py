@@ -15,6 +15,8 @@ With c = m/‖V‖ this is  y = c ⊙ (x·Wᵀ + s·(x·Aᵀ)·Bᵀ), and what f
    bitsandbytes' optimizers leave them untouched: a peer trains on a norm that is 7 to 9 % off after 20 steps), so
    torch's hook that runs after every optimizer's step counts, and versions catch the rest: `copy_`,
    `load_state_dict`, in-place edits. A write through `.data` between steps escapes both; call `refresh` after one.
+   Under FSDP2 the parameters that the forward sees are gathered ones, which live on from step to step and whose
+   versions stand still; what is edited is this process's shards, so their versions count too (`watch`).
 3. Magnitude needs only the output. dm = Σₜ g ⊙ (x·Vᵀ)/‖V‖ = Σₜ (g ⊙ y)/(c·‖V‖), so no second product is kept.
 
 Rows of zeros. ‖V‖ = 0 gives c = 1 (whatever c is, the output is 0), no gradient for δ and the plain LoRA gradient for
@@ -39,7 +41,7 @@ Shape suffixes: T tokens, I in_features, O out_features, R rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -205,6 +207,7 @@ class DoRALinear(nn.Module):
             self.magnitude_offset = nn.Parameter(torch.zeros(base.out_features, dtype=dtype, device=base.device))
             self._base_norm = _Constant(base.row_norms_squared().sqrt())
         self._row_scale: tuple[Any, RowScale] | None = None
+        self._watched: tuple[Tensor, ...] = ()
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, use_dora={self.use_dora}"
@@ -229,11 +232,15 @@ class DoRALinear(nn.Module):
         """
         if self.magnitude_offset is None:
             return None
-        trained = (self.lora_A, self.lora_B, self.magnitude_offset)
-        state = (dtype, _optimizer_steps, *((p.untyped_storage()._cdata, p._version) for p in trained))
+        looked_at = (self.lora_A, self.lora_B, self.magnitude_offset, *self._watched)
+        state = (dtype, _optimizer_steps, *((p.untyped_storage()._cdata, p._version) for p in looked_at))
         if self._row_scale is None or self._row_scale[0] != state:
             self._row_scale = state, self._compute_row_scale(dtype)
         return self._row_scale[1]
+
+    def watch(self, shards: Sequence[Tensor]) -> None:
+        """Compute the row scale anew when these tensors were edited too: this process's shards of what trains."""
+        self._watched = tuple(shards)
 
     def refresh(self) -> None:
         """Forget the row scale. Needed only after the adapter was written to through `.data`."""

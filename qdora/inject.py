@@ -18,6 +18,7 @@ from qdora.errors import CheckpointError, ConfigError
 from qdora.nf4 import NF4Weight, is_packed_linear
 
 __all__ = [
+    "adapt",
     "adapted_linears",
     "adapters_disabled",
     "attach",
@@ -26,6 +27,7 @@ __all__ = [
     "freeze_packed",
     "linear_paths",
     "linear_shape",
+    "prepare_targets",
 ]
 
 
@@ -99,6 +101,14 @@ def attach(model: nn.Module, config: AdapterConfig) -> list[str]:
     Raises:
         ConfigError: there are adapters already, or no linear is targeted.
     """
+    targets = prepare_targets(model, config)
+    for path in targets:
+        adapt(model, path, config)
+    return targets
+
+
+def prepare_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Freeze the model and list the linears that the config targets, in the model's order. Raises as `attach`."""
     if adapted_linears(model):
         raise ConfigError("the model already carries adapters; load it afresh to attach others")
     paths = linear_paths(model)
@@ -109,19 +119,22 @@ def attach(model: nn.Module, config: AdapterConfig) -> list[str]:
     if not isinstance(config.target_modules, str):
         _check_each_is_found(config.target_modules, targets, paths)
     model.requires_grad_(False)
-    for path in targets:
-        base, bias = _base_of(model.get_submodule(path))
-        layer = DoRALinear(
-            base,
-            config.rank_of(path),
-            config.scaling_of(path),
-            bias,
-            config.use_dora,
-            config.dropout,
-            getattr(torch, config.dtype),
-        )
-        model.set_submodule(path, layer.train(model.training))
     return targets
+
+
+def adapt(model: nn.Module, path: str, config: AdapterConfig) -> None:
+    """Give one linear a fresh adapter, in place, on the device where the linear is."""
+    base, bias = _base_of(model.get_submodule(path))
+    layer = DoRALinear(
+        base,
+        config.rank_of(path),
+        config.scaling_of(path),
+        bias,
+        config.use_dora,
+        config.dropout,
+        getattr(torch, config.dtype),
+    )
+    model.set_submodule(path, layer.train(model.training))
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from qdora.errors import CheckpointError, ConfigError, reason
 from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
 from qdora.nf4 import NF4Weight
 from qdora.offload import keep_embedding_on_host
+from qdora.sharding import Sharding, attach_and_shard
 from qdora.shards import ShardReader
 from qdora.sources import local_model, quietly
 
@@ -59,6 +60,7 @@ def load_model(
     load_in_4bit: bool = True,
     stream_base: bool = False,
     embedding_on_host: bool = False,
+    sharding: Sharding | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model with frozen base weights, and adapters attached if asked for.
@@ -71,6 +73,8 @@ def load_model(
         load_in_4bit: quantize a 16-bit model to NF4 as it loads; False leaves its base weights dense.
         stream_base: leave the decoder layers' base weights on the host; two layers at a time are on the device.
         embedding_on_host: leave the input embedding on the host.
+        sharding: shard the model over all processes (FSDP2), with fresh adapters; see `sharding.shard_root` for what
+            is left to do.
         trust_remote_code: let a model run Python code of its own. Off unless you trust where it comes from.
 
     Returns:
@@ -81,6 +85,8 @@ def load_model(
         ConfigError: an argument is wrong.
     """
     source, place = local_model(path), pick_device(device)
+    if sharding is not None and (stream_base or embedding_on_host or not isinstance(adapter, AdapterConfig)):
+        raise ConfigError("a sharded model takes fresh adapters, and neither stream_base nor embedding_on_host")
     config = _load_config(source, trust_remote_code)
     packed = _check_quantization(config, source)
     ShardReader(source)  # finds damaged files, and says so better than the loading below
@@ -92,7 +98,7 @@ def load_model(
                 config=config,
                 dtype=compute_dtype(dtype),
                 quantization_config=quantization,
-                device_map={"": "cpu" if stream_base or embedding_on_host else place},
+                device_map={"": "cpu" if stream_base or embedding_on_host or sharding else place},
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -111,10 +117,14 @@ def load_model(
         stream.stream_base(model, place)
     if embedding_on_host:
         keep_embedding_on_host(model, place)
-    model.to(place)
     model.config._name_or_path = str(path)
+    if sharding is None:
+        model.to(place)
     if isinstance(adapter, AdapterConfig):
-        attach(model, adapter)
+        if sharding is None:
+            attach(model, adapter)
+        else:
+            attach_and_shard(model, adapter, sharding)
         model.qdora_adapter = adapter
     elif adapter is not None:
         checkpoint.load_adapter(model, adapter)

@@ -29,6 +29,11 @@ Format: what transformers writes for bitsandbytes (`weight`, `weight.absmax`, `w
 arXiv 2305.14314, section 3; double quantization: the absmax of 64 weights less their mean, in 8 bits with one
 fp32 absmax for each 256 of them.
 
+Several processes. FSDP2 shards parameters and leaves buffers whole, so the packed bytes and the absmax are parameters,
+though nothing trains them: the absmax is 1/32 of the packed bytes (1/8 if it is not quantized itself), which, left
+whole beside an eighth of the weights, would be a fifth of what a process holds. What quantizes the absmax is 1/2000 of
+the packed bytes, and stays whole.
+
 Shape suffixes: T tokens, I in_features, O out_features, R rank.
 """
 
@@ -56,6 +61,7 @@ __all__ = ["BLOCKSIZE", "NF4Weight", "is_nf4_key", "is_packed_linear", "quantize
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 _QUANTIZED_AT_ONCE_BYTES = 8 * 2**20
+_DISGUISE = torch.float8_e5m2
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
 
 
@@ -97,7 +103,7 @@ class NF4Weight(KeepsDtype):
         if flat.numel() != blocks * self.blocksize // 2:
             flat = nn.functional.pad(flat, (0, blocks * self.blocksize // 2 - flat.numel()))
         self.packed = nn.Parameter(flat, requires_grad=False)
-        self.register_buffer("absmax", state.absmax, persistent=False)
+        self.absmax = nn.Parameter(state.absmax, requires_grad=False)
         nested = state.state2
         if nested is not None and nested.blocksize != NESTED_BLOCKSIZE:
             raise CheckpointError(f"nested blocksize must be {NESTED_BLOCKSIZE}, found {nested.blocksize}")
@@ -142,12 +148,23 @@ class NF4Weight(KeepsDtype):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, blocksize={self.blocksize}"
 
+    def pass_for_floats(self) -> None:
+        """Let the bytes pass for 8-bit floats, in place, so that FSDP2 takes them.
+
+        It makes each shard a parameter that might need a gradient and then says that it does not; torch 2.11 minds that
+        in bytes, later ones do not. Nothing computes with the floats: they are bytes again where they are read.
+        """
+        for name in ("packed", "absmax"):
+            tensor = getattr(self, name)
+            if tensor.dtype == torch.uint8:
+                setattr(self, name, nn.Parameter(tensor.detach().view(_DISGUISE), requires_grad=False))
+
     def block_absmax(self) -> Tensor:
         """(blocks,) fp32: the absmax of each block, the double quantization undone."""
         if self.nested_absmax is None:
             return self.absmax.float()
         plain = torch.ops.bitsandbytes.dequantize_blockwise(
-            self.absmax, self.nested_absmax, self.nested_code, NESTED_BLOCKSIZE, torch.float32
+            self.absmax.view(torch.uint8), self.nested_absmax, self.nested_code, NESTED_BLOCKSIZE, torch.float32
         )
         return plain + self.nested_offset
 
@@ -162,7 +179,7 @@ class NF4Weight(KeepsDtype):
             (rows, tile): which rows, and their weights as a (rows, in_features) tensor that lives until the next.
         """
         blocksize, in_features = self.blocksize, self.in_features
-        absmax = self.block_absmax()
+        absmax, packed = self.block_absmax(), self.packed.view(torch.uint8)
         rows_are_blocks = in_features % blocksize == 0
         if row_scale_O is not None and rows_are_blocks:
             absmax = (absmax.view(self.out_features, -1) * row_scale_O[:, None]).view(-1)
@@ -170,7 +187,7 @@ class NF4Weight(KeepsDtype):
             start = rows.start * in_features // blocksize
             stop = math.ceil(rows.stop * in_features / blocksize)
             flat = torch.ops.bitsandbytes.dequantize_4bit(
-                self.packed[start * blocksize // 2 : stop * blocksize // 2],
+                packed[start * blocksize // 2 : stop * blocksize // 2],
                 absmax[start:stop],
                 blocksize,
                 "nf4",
@@ -188,7 +205,7 @@ class NF4Weight(KeepsDtype):
         absmax = self.block_absmax().view(rows, -1)
         if row_scale_O is not None:
             absmax = absmax * row_scale_O[:, None]
-        packed = self.packed.view(rows, -1)
+        packed = self.packed.view(torch.uint8).view(rows, -1)
         step = max(1, workspace_of(self.device).tile_bytes // (dtype.itemsize * rows * blocksize))
         for start in range(0, absmax.shape[1], step):
             stop = min(start + step, absmax.shape[1])

@@ -14,18 +14,22 @@ parameter and not the second moment (500 steps after one large gradient it stood
 at 1.6 times); torchao's, which rounds the parameter stochastically, and so shakes it a little at
 each step.
 
-The random bits come from torch's generator of the parameter's device, so a seed repeats a run, and a trainer that saves
-the generators' states resumes to the same bits.
+The random bits come from the seed and the number of the step, and from nothing else that happens: a seed repeats a
+run, a resumed run goes on to the same bits, and processes that each hold all of the parameters (DDP) round them alike,
+though dropout has drawn other numbers in each. A process that holds shards (FSDP2) updates those, with bits of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from qdora.distributed import local, spread_like, whole
 from qdora.errors import ConfigError
 
 __all__ = ["CompensatedAdamW"]
@@ -38,7 +42,10 @@ class CompensatedAdamW(torch.optim.Optimizer):
 
     Args:
         params: tensors or groups; fp32 ones are updated plainly and need no compensation.
+            Of those that FSDP2 sharded, each process updates its shard, and its state is sharded likewise.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+
+    The seed of the stochastic rounding is torch's when the optimizer is made.
     """
 
     def __init__(
@@ -53,7 +60,8 @@ class CompensatedAdamW(torch.optim.Optimizer):
         Raises:
             ConfigError: a parameter is neither fp32 nor bf16.
         """
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "steps": 0})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "steps": 0}
+        super().__init__(params, {**defaults, "seed": torch.initial_seed()})
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise ConfigError(f"compensated AdamW trains float32 and bfloat16, found {parameter.dtype}")
@@ -67,14 +75,36 @@ class CompensatedAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["steps"] += 1
-            for bucket in _buckets(p for p in group["params"] if p.grad is not None):
-                self._update(bucket, group)
+            for number, bucket in enumerate(_buckets(p for p in group["params"] if p.grad is not None)):
+                self._update(bucket, group, number)
         return loss
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def whole_state_dict(self) -> dict[str, Any]:
+        """`state_dict` on the CPU with nothing sharded, as one process would have it; every process must join in."""
+        found = self.state_dict()
+        state = {
+            index: {name: whole(value).cpu() if isinstance(value, Tensor) else value for name, value in entries.items()}
+            for index, entries in found["state"].items()
+        }
+        return {**found, "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state, sharded or whole, whatever number of processes it was saved by."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = {
+            index: {
+                name: spread_like(value, params[index]) if isinstance(value, Tensor) else value
+                for name, value in entries.items()
+            }
+            for index, entries in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": state})
+
+    def _update(self, bucket: list[Tensor], group: dict[str, Any], number: int) -> None:
         beta1, beta2 = group["betas"]
-        states = [self._state_of(p) for p in params]
-        gradient = _joined(p.grad for p in params)
+        states = [{name: local(value) for name, value in self._state_of(p).items()} for p in bucket]
+        params = [local(p) for p in bucket]
+        gradient = _joined(local(p.grad) for p in bucket if p.grad is not None)
         mean = _joined(state["exp_avg"] for state in states).lerp_(gradient, 1 - beta1)
         square = _joined(state["exp_avg_sq"] for state in states).mul_(beta2)
         square.addcmul_(gradient, gradient, value=1 - beta2)
@@ -86,7 +116,8 @@ class CompensatedAdamW(torch.optim.Optimizer):
         value.addcdiv_(mean / (1 - beta1 ** group["steps"]), denominator, value=-group["lr"])
         _split_into(mean, [state["exp_avg"] for state in states])
         if "compensation" in states[0]:
-            square = _stochastically_rounded(square)
+            sharded = isinstance(bucket[0], DTensor)
+            square = _stochastically_rounded(square, _generator(square.device, group, number, sharded))
         _split_into(square, [state["exp_avg_sq"] for state in states])
         _split_into(value, params)
         if "compensation" in states[0]:
@@ -107,7 +138,7 @@ def _buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     for parameter in params:
         kind = (parameter.dtype, parameter.device)
-        full = sum(p.numel() for p in bucket) + parameter.numel() > _BUCKET_VALUES
+        full = sum(local(p).numel() for p in bucket) + local(parameter).numel() > _BUCKET_VALUES
         if bucket and (full or (bucket[0].dtype, bucket[0].device) != kind):
             yield bucket
             bucket = []
@@ -125,10 +156,20 @@ def _split_into(joined: Tensor, targets: list[Tensor]) -> None:
     torch._foreach_copy_(targets, [part.view_as(target) for part, target in zip(parts, targets, strict=True)])
 
 
-def _stochastically_rounded(values: Tensor) -> Tensor:
+def _generator(device: torch.device, group: dict[str, Any], number: int, sharded: bool) -> torch.Generator:
+    """Of the random bits for one bucket in one step; each process has its own if it holds shards of its own."""
+    process = torch.distributed.get_rank() if sharded else 0
+    # Hashed, for the CPU's generator looks at 32 bits of a seed only.
+    name = f"{group['seed']} {group['steps']} {number} {process}"
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 values of which bf16 keeps every bit: each rounded up or down with the probability that keeps its mean.
 
     A random number below 2¹⁶ is added to the bits that bf16 cuts off; if they overflow, the value is the next one.
     """
     bits = values.view(torch.int32)
-    return ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32)
+    noise = torch.empty_like(bits).random_(0, 1 << 16, generator=generator)
+    return ((bits + noise) & -(1 << 16)).view(torch.float32)

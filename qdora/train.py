@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +19,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import TrainerState, set_seed
+from transformers.utils import logging
 
 from qdora.arguments import RunArguments, adapter_config, flags_of, parse_train
 from qdora.curves import loss_series, plot_loss
 from qdora.data import EncodedData, encode
+from qdora.distributed import is_main, processes, say
 from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, QDoRAError, reason
 from qdora.model import load_model, load_tokenizer, trainable_parameters
 from qdora.optimizer import CompensatedAdamW
 from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
 from qdora.rows import read_rows
+from qdora.sharding import Sharding, take_sharding
 from qdora.shards import parse_size
 
 __all__ = ["TrainReport", "train"]
@@ -74,7 +78,11 @@ def train(config: str | Path | None = None, **flags: Any) -> TrainReport | None:
 
 def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     """`train`, given a command line."""
+    if not is_main():
+        _hush()
     run, training = parse_train(arguments)
+    training.log_level_replica = "error"
+    sharding = take_sharding(training)
     output_dir = Path(training.output_dir)
     _check_place(output_dir)
     resume = _checkpoint_to_resume(training, output_dir)
@@ -82,6 +90,9 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
         _check_unused(output_dir, run.overwrite_output_dir)
     adapter = adapter_config(run)
     _check_flags(run, training)
+    if sharding is not None:
+        _check_sharded(run, training)
+    _use_one_device(training)
     if run.memory is not None or run.dry_run:
         _plan(run, training)
         if run.dry_run:
@@ -99,13 +110,19 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
         load_in_4bit=run.load_in_4bit,
         stream_base=run.stream_base,
         embedding_on_host=run.embedding_on_host,
+        sharding=sharding,
         trust_remote_code=training.trust_remote_code,
     )
-    print(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {training.device}")
-    trainer = _build_trainer(model, tokenizer, training, data, evaluation)
-    trainer.loss_chunk_bytes = parse_size(run.loss_chunk_size)
+    say(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {_places(training, sharding)}")
+    trainer = _build_trainer(model, tokenizer, training, data, evaluation, run, sharding)
     _run(trainer, resume)
     return _finish(trainer, run, data, output_dir)
+
+
+def _hush() -> None:
+    """What libraries log and warn of is said by the main process; in the others it would be repeated."""
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
 
 
 def _plan(run: RunArguments, training: Any) -> None:
@@ -116,7 +133,7 @@ def _plan(run: RunArguments, training: Any) -> None:
     else:
         plan, need = choose(reckoned, plan, usable_bytes(run.memory, on_accelerator))
         adopt(plan, run, training)
-    print(f"plan: {plan.flags()}\n{need}")
+    say(f"plan: {plan.flags()}\n{need}")
 
 
 def _check_flags(run: RunArguments, training: Any) -> None:
@@ -137,7 +154,45 @@ def _check_flags(run: RunArguments, training: Any) -> None:
             raise ConfigError(f"--{name} must be at least 1, found {value}")
 
 
-def _build_trainer(model: Any, tokenizer: Any, training: Any, data: EncodedData, evaluation: EncodedData | None) -> Any:
+def _check_sharded(run: RunArguments, training: Any) -> None:
+    """What does not go together with FSDP2."""
+    if run.stream_base or run.embedding_on_host:
+        raise ConfigError(
+            "--stream_base and --embedding_on_host keep weights on the host, --fsdp shards them; choose one"
+        )
+    if run.memory is not None or run.dry_run:
+        raise ConfigError(
+            "--memory and --dry_run reckon one device that holds the whole model; leave them out with --fsdp"
+        )
+    if training.fp16:
+        raise ConfigError("--fp16 scales the loss, which --fsdp does not support; use --dtype bfloat16")
+    if _own_optimizer(training) is None:
+        raise ConfigError(f"--optim {training.optim} does not know shards; with --fsdp use adamw_torch")
+
+
+def _use_one_device(training: Any) -> None:
+    """One process trains on one device; transformers would copy the model to every one that it sees."""
+    if training.n_gpu > 1:
+        say(f"using one of {training.n_gpu} devices; `torchrun --nproc_per_node {training.n_gpu} -m qdora` uses all")
+        training._n_gpu = 1
+
+
+def _places(training: Any, sharding: Sharding | None) -> str:
+    if processes() == 1:
+        return str(training.device)
+    how = "each with the whole model" if sharding is None else "the model sharded over them (FSDP2)"
+    return f"{processes()} processes ({training.device.type}), {how}"
+
+
+def _build_trainer(
+    model: Any,
+    tokenizer: Any,
+    training: Any,
+    data: EncodedData,
+    evaluation: EncodedData | None,
+    run: RunArguments,
+    sharding: Sharding | None,
+) -> Any:
     from datasets import Dataset
 
     from qdora.trainer import AdapterTrainer, KeepInputsOnHost
@@ -164,6 +219,8 @@ def _build_trainer(model: Any, tokenizer: Any, training: Any, data: EncodedData,
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=_own_optimizer(training),
             callbacks=callbacks,
+            chunk_bytes=parse_size(run.loss_chunk_size),
+            sharding=sharding,
         )
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise ConfigError(f"these training flags do not fit together: {reason(error)}") from None
@@ -204,7 +261,8 @@ def _finish(trainer: Any, run: RunArguments, data: EncodedData, output_dir: Path
         raise NumericsError(f"the loss stopped being finite; no adapter was written to {output_dir}, lower the rate")
     trainer.save_model()
     trainer.save_state()
-    plot_loss(history, output_dir / "loss.png", f"{Path(run.model_name_or_path).name} on {Path(run.dataset).name}")
+    if is_main():
+        plot_loss(history, output_dir / "loss.png", f"{Path(run.model_name_or_path).name} on {Path(run.dataset).name}")
     return TrainReport(
         base=run.model_name_or_path,
         output_dir=output_dir,
@@ -226,9 +284,9 @@ def _load_data(source: str, split: str, tokenizer: Any, training: Any) -> Encode
         None if training.packing and training.packing_strategy != "bfd" else training.max_length,
         source,
         loss_on_all=training.completion_only_loss is False,
-        progress=lambda rows: tqdm(rows, desc="tokenize", unit=" rows", leave=False),
+        progress=lambda rows: tqdm(rows, desc="tokenize", unit=" rows", leave=False, disable=not is_main()),
     )
-    print(f"{source}: {encoded}")
+    say(f"{source}: {encoded}")
     return encoded
 
 
@@ -283,12 +341,11 @@ def _checkpoint_to_resume(training: Any, output_dir: Path) -> str | None:
 def _check_whole(checkpoint: Path) -> None:
     try:
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            if not (checkpoint / name).is_file():
-                continue
-            with zipfile.ZipFile(checkpoint / name) as archive:
+        states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+        for path in filter(Path.is_file, states):
+            with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
-                    raise zipfile.BadZipFile(name)
+                    raise zipfile.BadZipFile(path.name)
     except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"{checkpoint} is damaged or cut short ({reason(error)}); resume from an earlier one by its name"

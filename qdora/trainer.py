@@ -1,4 +1,4 @@
-"""TRL's trainer, told what is different about our models: how they are saved and loaded, and a loss that is lean."""
+"""TRL's trainer, told what is different about our models: how they are entered, saved and loaded."""
 
 from __future__ import annotations
 
@@ -8,83 +8,138 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from qdora.checkpoint import load_adapter, save_adapter
-from qdora.loss import CHUNK_BYTES, IGNORED, answer_loss
+from qdora.distributed import whole
+from qdora.loss import CHUNK_BYTES, IGNORED
 from qdora.offload import HostInputs
+from qdora.scoring import ScoredModel
+from qdora.sharding import Sharding, shard_root
 
 __all__ = ["AdapterTrainer", "KeepInputsOnHost"]
 
 
 class AdapterTrainer(SFTTrainer):
-    """`SFTTrainer` whose checkpoints hold the adapter (in PEFT's format, offsets exact) instead of the model."""
+    """`SFTTrainer` that trains one adapter, in one process or several.
 
-    loss_chunk_bytes = CHUNK_BYTES
-    """Of the fp32 logits that exist at once."""
+    What DDP wraps, and the root of FSDP2, is a `ScoredModel`; what checkpoints hold is the adapter (in PEFT's format,
+    offsets exact) instead of the model.
+
+    Args:
+        chunk_bytes: of the fp32 logits that exist at once.
+        sharding: of the model, if its layers are sharded (`model.load_model`).
+        settings: of `SFTTrainer`, the model among them.
+    """
+
+    def __init__(self, *, chunk_bytes: int = CHUNK_BYTES, sharding: Sharding | None = None, **settings: Any) -> None:
+        self._sharding = sharding
+        super().__init__(**settings)
+        self._scored = ScoredModel(self.model, chunk_bytes)
+        self._entry: Any = None
+        if sharding is not None:
+            shard_root(self._scored, sharding)
+            register_fsdp_forward_method(self._scored, "head_is_plain")
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if self._sharding is None:
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """The model's entry: in training what DDP made of it. Gradients are of no use in evaluation, nor is DDP."""
+        if not training:
+            return self._scored
+        if self._entry is None:
+            # What is sharded is neither moved nor wrapped; only autocast and compilation are prepared.
+            placed, is_sharded = None if self._sharding is None else False, self._sharding is not None
+            self._entry = self.accelerator.prepare_model(
+                self._scored, device_placement=placed, evaluation_mode=is_sharded
+            )
+        return self._entry
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean loss of the answers' tokens; over all micro-batches of a step, if the trainer counted them.
 
-        A wrapped model (DDP, FSDP) must be entered through its wrapper, and other losses than the plain one are TRL's:
-        slower. A head that does more than multiply is left to the model's own loss, with all its logits.
+        Other losses than the plain one are TRL's: slower. A head that does more than multiply is left to the model's
+        own loss, with all its logits.
         """
-        if return_outputs or model is not self.model or self._other_loss():
+        if return_outputs or self._other_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._head_is_plain:
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
-        features = {name: value for name, value in inputs.items() if name != "labels"}
-        hidden = model.base_model(**features, use_cache=False).last_hidden_state
-        head = model.get_output_embeddings()
-        total = answer_loss(hidden, head.weight, labels, head.bias, self.loss_chunk_bytes)
-        tokens = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / torch.as_tensor(tokens).clamp(min=1)
+        entry = self._scored if model is self.model else model
+        total = entry(lean=True, **inputs)
+        if num_items_in_batch is None:
+            return total / (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        # If the tokens were counted in all processes, so must the loss be: their gradients are averaged.
+        summands = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return total * summands / torch.as_tensor(num_items_in_batch).clamp(min=1)
 
     @cached_property
-    @torch.no_grad()
     def _head_is_plain(self) -> bool:
-        """Whether the logits are the head's product with the last hidden states, tried out on two tokens.
-
-        Many families do more: scale them (Cohere, Granite), cap them (Gemma 2), and each has its own name for it.
-        """
-        model = self.model
-        head, backbone = model.get_output_embeddings(), model.base_model
-        # Capping shows only on large logits, and a model may not have them yet.
-        caps = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        if head is None or backbone is model or caps:
-            return False
-        was_training = model.training
-        model.eval()
-        ids = torch.tensor([[0, 1]], device=model.device)
-        hidden: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
-        same = torch.equal(
-            functional.linear(hidden, head.weight, head.bias), model(input_ids=ids, use_cache=False).logits
-        )
-        model.train(was_training)
-        return same
+        return self._scored.head_is_plain()
 
     def _other_loss(self) -> bool:
         # `aux_loss_enabled` is newer than the oldest TRL that fits: the load balancing of mixtures of experts.
         balances = getattr(self, "aux_loss_enabled", False)
-        return self.label_smoother is not None or self.args.loss_type != "nll" or balances
+        # `chunked_nll` is what TRL called its own lean way before that became the plain one.
+        plain = self.args.loss_type in ("nll", "chunked_nll")
+        return self.label_smoother is not None or not plain or balances
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        return None if norm is None else whole(norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        return whole(norm) if isinstance(norm, Tensor) else norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; every process joins in, for a sharded one must be gathered."""
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.args.should_save:
-            return
         directory = Path(output_dir or self.args.output_dir)
         is_checkpoint = directory != Path(self.args.output_dir)
-        save_adapter(self.model, directory, exact_offsets=is_checkpoint)
-        self.processing_class.save_pretrained(directory)
+        save_adapter(self.model, directory, exact_offsets=is_checkpoint, write=self.args.should_save)
+        if self.args.should_save:
+            self.processing_class.save_pretrained(directory)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharding is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = self.optimizer.optimizer.whole_state_dict()  # out of accelerate's wrapper
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.args.world_size == 1:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # By way of the host: a shard's owner has no room for the whole, and transformers 5.17 asks torch for `cpu:1`.
+        files = [Path(checkpoint) / "optimizer.pt", Path(checkpoint) / "scheduler.pt"]
+        if all(map(Path.is_file, files)):
+            for file, owner in zip(files, (self.optimizer, self.lr_scheduler), strict=True):
+                owner.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The trainer's state comes next and says that the checkpoint is complete: for every process.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        load_adapter(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        self.accelerator.wait_for_everyone()
         load_adapter(self.model, self.state.best_model_checkpoint)
 
 

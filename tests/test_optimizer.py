@@ -118,3 +118,25 @@ def test_closures_and_other_dtypes() -> None:
     assert torch.allclose(value, torch.full((3,), 0.9))
     with pytest.raises(ConfigError, match=r"float32 and bfloat16, found torch\.float16"):
         CompensatedAdamW([torch.ones(3, dtype=torch.float16, requires_grad=True)])
+
+
+def test_rounding_depends_on_seed_and_step_alone() -> None:
+    """Processes that draw other numbers meanwhile (dropout) must round alike, and so must a resumed run."""
+    gradients = gradients_for(start(torch.bfloat16), 6)
+
+    def trained(seed: int, resume_at: int | None = None) -> list[Tensor]:
+        values = start(torch.bfloat16)
+        torch.manual_seed(7)
+        optimizer = CompensatedAdamW(values, lr=1e-3)
+        torch.manual_seed(seed)
+        run(optimizer, values, gradients[:resume_at])
+        if resume_at is not None:
+            state, optimizer = optimizer.state_dict(), CompensatedAdamW(values, lr=1e-3)
+            optimizer.load_state_dict(state)
+            run(optimizer, values, gradients[resume_at:])
+        return [optimizer.state[value]["exp_avg_sq"] for value in values]
+
+    whole, other, resumed = trained(0), trained(1), trained(2, resume_at=3)
+    for a, b, c in zip(whole, other, resumed, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
