@@ -21,8 +21,9 @@ from transformers import HfArgumentParser
 
 from qdora.config import ALL_LINEAR, AdapterConfig
 from qdora.errors import ConfigError
+from qdora.shards import parse_size
 
-__all__ = ["RunArguments", "adapter_config", "flags_of", "parse_estimate", "parse_train"]
+__all__ = ["OWN_OPTIMIZERS", "RunArguments", "adapter_config", "flags_of", "parse_estimate", "parse_train"]
 
 # Where our defaults differ from SFTConfig's: an adapter learns faster than a whole model, bf16 is the model's own
 # dtype (so that autocast has nothing to do), and a loss that is not finite must be seen.
@@ -56,6 +57,8 @@ _OTHER_NAMES = {
 }
 
 
+# The names under which AdamW means `optimizer.CompensatedAdamW`; any other name is the trainer's.
+OWN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 _NOT_STARTED = ("--dataset", "none", "--output_dir", "none")
 
 
@@ -122,7 +125,26 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
             run, training = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError(f"these training flags do not fit together: {str(error).splitlines()[0]}") from None
+    _check_together(run, training)
     return run, training
+
+
+def _check_together(run: RunArguments, training: Any) -> None:
+    if training.eval_strategy != "no" and not run.eval_dataset:
+        raise ConfigError(f"--eval_strategy {training.eval_strategy.value} needs an --eval_dataset")
+    parse_size(run.loss_chunk_size)
+    if training.activation_offloading and not training.gradient_checkpointing:
+        raise ConfigError(
+            "--activation_offloading keeps the inputs of recomputed layers; it needs gradient_checkpointing"
+        )
+    if training.truncation_mode != "keep_start":
+        raise ConfigError(
+            f"--truncation_mode {training.truncation_mode}: long rows lose their end, only keep_start fits"
+        )
+    for name in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        value = getattr(training, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, found {value}")
 
 
 def parse_estimate(arguments: Sequence[str]) -> tuple[RunArguments, Any]:

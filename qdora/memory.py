@@ -42,7 +42,6 @@ _STATE_BYTES = {
     "sgd": 0.0,
 }
 _FP32_ADAM_BYTES = 8.0
-_OWN_OPTIMIZER = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,8 @@ class Run:
     """Tokens of the longest row."""
     workspace: Workspace
     """Of the device."""
-    optim: str = "adamw_torch"
+    optim: str | None = None
+    """Hugging Face's name of the optimizer; None is `CompensatedAdamW`."""
     checkpointing: bool = True
     filled: bool = False
     """Whether every row is `length` tokens, so that attention needs no mask."""
@@ -197,7 +197,7 @@ class MemoryModel:
     def _optimizer(self) -> Segment:
         if self._update is None:
             trained = [p for p in self._model.parameters() if p.requires_grad]
-            if self._run.optim in _OWN_OPTIMIZER:
+            if self._run.optim is None:
                 self._update = simulate_update(CompensatedAdamW, trained)
             else:
                 values = sum(p.numel() for p in trained)
@@ -224,6 +224,11 @@ class MemoryModel:
             "layer inputs": len(self._layers) * trace.kept_bytes if plan.activation_offloading else 0,
         }
         return {name: size for name, size in parts.items() if size}
+
+    @property
+    def can_offload_inputs(self) -> bool:
+        """Whether layer inputs may wait on the host: only if they are what a layer keeps."""
+        return self._run.checkpointing
 
     @property
     def can_spare_embedding(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from qdora.arguments import RunArguments, adapter_config
+from qdora.arguments import OWN_OPTIMIZERS, RunArguments, adapter_config
 from qdora.errors import ConfigError
 from qdora.memory import MemoryModel, Need, Plan, Run
 from qdora.model import hollow_model
@@ -51,7 +51,7 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
         Run(
             length=training.max_length,
             workspace=ACCELERATOR if on_accelerator else CPU,
-            optim=str(getattr(training.optim, "value", training.optim)),
+            optim=None if training.optim in OWN_OPTIMIZERS else str(getattr(training.optim, "value", training.optim)),
             checkpointing=training.gradient_checkpointing,
             filled=training.packing,
             # As TRL does: these ways of packing, and batches without padding, go through attention as one row.
@@ -105,7 +105,7 @@ def choose(reckoned: MemoryModel, asked: Plan, limit_bytes: int) -> tuple[Plan, 
         ConfigError: nothing fits; it says what the least would be.
     """
     least: tuple[Plan, Need] | None = None
-    for plan in _plans(asked, reckoned.can_spare_embedding):
+    for plan in _plans(asked, reckoned):
         need = reckoned.need(plan)
         if need.device_bytes <= limit_bytes:
             plan = _relaxed(reckoned, plan, asked, limit_bytes)
@@ -128,28 +128,27 @@ def _relaxed(reckoned: MemoryModel, plan: Plan, asked: Plan, limit_bytes: int) -
     return plan
 
 
-def _plans(asked: Plan, spare_embedding: bool) -> Iterator[Plan]:
+def _plans(asked: Plan, reckoned: MemoryModel) -> Iterator[Plan]:
     """From the fastest to the leanest."""
     for streams in (False, True) if not asked.stream_base else (True,):
         rows, accumulation = asked.rows, asked.accumulation
         while True:
-            yield from _same_batch(
-                replace(asked, rows=rows, accumulation=accumulation, stream_base=streams), spare_embedding
-            )
+            plan = replace(asked, rows=rows, accumulation=accumulation, stream_base=streams)
+            yield from _same_batch(plan, reckoned)
             if rows == 1:
                 break
             smaller = rows // 2
             rows, accumulation = smaller, math.ceil(accumulation * rows / smaller)
 
 
-def _same_batch(plan: Plan, spare_embedding: bool) -> Iterator[Plan]:
+def _same_batch(plan: Plan, reckoned: MemoryModel) -> Iterator[Plan]:
     yield plan
     for chunk in _SMALLER_CHUNKS:
         if chunk < plan.loss_chunk_bytes:
             plan = replace(plan, loss_chunk_bytes=chunk)
             yield plan
-    if not plan.activation_offloading:
+    if reckoned.can_offload_inputs and not plan.activation_offloading:
         plan = replace(plan, activation_offloading=True)
         yield plan
-    if spare_embedding and not plan.embedding_on_host:
+    if reckoned.can_spare_embedding and not plan.embedding_on_host:
         yield replace(plan, embedding_on_host=True)

@@ -7,10 +7,7 @@ is what it must be told: the model and the data; and what may be wrong is found 
 from __future__ import annotations
 
 import math
-import re
-import tempfile
 import warnings
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +15,18 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import TrainerState, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
-from qdora.arguments import RunArguments, adapter_config, flags_of, parse_train
+from qdora.arguments import OWN_OPTIMIZERS, RunArguments, adapter_config, flags_of, parse_train
 from qdora.curves import loss_series, plot_loss
 from qdora.data import EncodedData, encode
 from qdora.distributed import is_main, processes, say
-from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, QDoRAError, reason
+from qdora.errors import ConfigError, DataError, NumericsError, QDoRAError, reason
 from qdora.model import load_model, load_tokenizer, trainable_parameters
 from qdora.optimizer import CompensatedAdamW
 from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
+from qdora.preflight import check_place, check_sharded, check_unused, checkpoint_to_resume
 from qdora.rows import read_rows
 from qdora.sharding import Sharding, take_sharding
 from qdora.shards import parse_size
@@ -84,14 +82,13 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     training.log_level_replica = "error"
     sharding = take_sharding(training)
     output_dir = Path(training.output_dir)
-    _check_place(output_dir)
-    resume = _checkpoint_to_resume(training, output_dir)
+    check_place(output_dir)
+    resume = checkpoint_to_resume(training, output_dir)
     if resume is None:
-        _check_unused(output_dir, run.overwrite_output_dir)
+        check_unused(output_dir, run.overwrite_output_dir)
     adapter = adapter_config(run)
-    _check_flags(run, training)
     if sharding is not None:
-        _check_sharded(run, training)
+        check_sharded(run, training)
     _use_one_device(training)
     if run.memory is not None or run.dry_run:
         _plan(run, training)
@@ -134,40 +131,6 @@ def _plan(run: RunArguments, training: Any) -> None:
         plan, need = choose(reckoned, plan, usable_bytes(run.memory, on_accelerator))
         adopt(plan, run, training)
     say(f"plan: {plan.flags()}\n{need}")
-
-
-def _check_flags(run: RunArguments, training: Any) -> None:
-    if training.eval_strategy != "no" and not run.eval_dataset:
-        raise ConfigError(f"--eval_strategy {training.eval_strategy.value} needs an --eval_dataset")
-    parse_size(run.loss_chunk_size)
-    if training.activation_offloading and not training.gradient_checkpointing:
-        raise ConfigError(
-            "--activation_offloading keeps the inputs of recomputed layers; it needs gradient_checkpointing"
-        )
-    if training.truncation_mode != "keep_start":
-        raise ConfigError(
-            f"--truncation_mode {training.truncation_mode}: long rows lose their end, only keep_start fits"
-        )
-    for name in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
-        value = getattr(training, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} must be at least 1, found {value}")
-
-
-def _check_sharded(run: RunArguments, training: Any) -> None:
-    """What does not go together with FSDP2."""
-    if run.stream_base or run.embedding_on_host:
-        raise ConfigError(
-            "--stream_base and --embedding_on_host keep weights on the host, --fsdp shards them; choose one"
-        )
-    if run.memory is not None or run.dry_run:
-        raise ConfigError(
-            "--memory and --dry_run reckon one device that holds the whole model; leave them out with --fsdp"
-        )
-    if training.fp16:
-        raise ConfigError("--fp16 scales the loss, which --fsdp does not support; use --dtype bfloat16")
-    if _own_optimizer(training) is None:
-        raise ConfigError(f"--optim {training.optim} does not know shards; with --fsdp use adamw_torch")
 
 
 def _use_one_device(training: Any) -> None:
@@ -228,7 +191,7 @@ def _build_trainer(
 
 def _own_optimizer(training: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
     """AdamW means ours, which trains bf16 as if it were fp32; any other name is the trainer's."""
-    if training.optim not in ("adamw_torch", "adamw_torch_fused"):
+    if training.optim not in OWN_OPTIMIZERS:
         return None
     betas = (training.adam_beta1, training.adam_beta2)
     return CompensatedAdamW, {"lr": training.learning_rate, "betas": betas, "eps": training.adam_epsilon}
@@ -298,65 +261,3 @@ def _use_chat_template(tokenizer: Any, training: Any) -> None:
         raise DataError(f"no chat template at {path}: name a Jinja file")
     tokenizer.chat_template = path.read_text(encoding="utf-8")
     training.chat_template_path = None  # TRL would read it once more
-
-
-def _check_place(output_dir: Path) -> None:
-    """That the adapter can be written there, without leaving anything now."""
-    there = next(path for path in [output_dir, *output_dir.absolute().parents] if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"the output {output_dir} is a file or in one ({there}); name a directory")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ConfigError(f"cannot write to {output_dir}: {error.strerror}; choose another --output_dir") from None
-    if (output_dir / "config.json").is_file():
-        raise ConfigError(f"{output_dir} holds a model; choose another --output_dir for the adapter")
-
-
-def _check_unused(output_dir: Path, overwrite: bool) -> None:
-    used = output_dir / "adapter_config.json"
-    if not overwrite and (used.is_file() or _checkpoints(output_dir)):
-        raise ConfigError(
-            f"{output_dir} holds an earlier run; go on with --resume_from_checkpoint last, choose another directory, "
-            "or pass --overwrite_output_dir true"
-        )
-
-
-def _checkpoint_to_resume(training: Any, output_dir: Path) -> str | None:
-    wanted = training.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() in ("true", "last"):
-        found = _checkpoints(output_dir)
-        if not found:
-            raise ConfigError(f"nothing to resume: {output_dir} holds no checkpoint; start without the flag")
-        wanted = found[-1]
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ConfigError(f"nothing to resume: {wanted} is not a trainer's checkpoint; name one, or `last`")
-    _check_whole(Path(wanted))
-    return str(wanted)
-
-
-def _check_whole(checkpoint: Path) -> None:
-    try:
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-        for path in filter(Path.is_file, states):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile(path.name)
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{checkpoint} is damaged or cut short ({reason(error)}); resume from an earlier one by its name"
-        ) from None
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints that are complete (the trainer writes its state last), oldest first."""
-    found = [
-        (int(match[1]), path)
-        for path in output_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
-    ]
-    return [path for _, path in sorted(found)]

@@ -3,10 +3,11 @@
     python scripts/check_estimate.py --out scripts/results/estimate-cpu.json
     python scripts/check_estimate.py --device cuda --out scripts/results/estimate-cuda.json
 
-Each configuration is a process of its own: a random model of the shape is written, loaded as `qdora train` loads it, and
-trained for two steps by qdora's trainer on rows that are all as long as they may be. On the CPU the truth is the size of
-the loaded model's storages and, from there on, the profiler's record of each allocation; host and device are one place
-there, so what waits on the host because a flag says so is counted on both sides. On CUDA it is `max_memory_allocated`.
+Each configuration is a process of its own: a random model of the shape is written, loaded as `qdora train` loads it,
+and trained for two steps by qdora's trainer on rows that are all as long as they may be. On the CPU the truth is the
+size of the loaded model's storages and, from there on, the profiler's record of each allocation; host and device are
+one place there, so what waits on the host because a flag says so is counted on both sides. On CUDA it is
+`max_memory_allocated`.
 """
 
 from __future__ import annotations
@@ -115,7 +116,10 @@ def compare(arguments: argparse.Namespace, case: Case) -> dict[str, Any]:
         raise SystemExit(f"{case.name} failed:\n{done.stderr[-3000:]}")
     measured = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
     error = reckoned / measured - 1
-    print(f"{case.name:<60} reckoned {reckoned / 1e6:8,.1f} MB, measured {measured / 1e6:8,.1f} MB  {error:+.1%}", flush=True)
+    print(
+        f"{case.name:<60} reckoned {reckoned / 1e6:8,.1f} MB, measured {measured / 1e6:8,.1f} MB  {error:+.1%}",
+        flush=True,
+    )
     return {"configuration": case.name, "reckoned_bytes": reckoned, "measured_bytes": measured, "error": error}
 
 
@@ -193,9 +197,7 @@ class Meter(TrainerCallback):
             return
         tensors = [*model.parameters(), *model.buffers()]
         self._before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-        self._profile = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        )
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self._profile.start()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -204,7 +206,8 @@ class Meter(TrainerCallback):
             return
         self._profile.stop()
         held = most = 0
-        for event in self._profile.profiler.kineto_results.events():
+        record: Any = self._profile.profiler
+        for event in record.kineto_results.events():
             if event.name() == "[memory]":
                 held += event.nbytes()
                 most = max(most, held)

@@ -1,4 +1,4 @@
-"""What four well-known models need to be trained in 6 to 24 GB: the plan and the peak of each, from their configs alone.
+"""What four well-known models need to be trained in 6 to 24 GB: plan and peak of each, from their configs alone.
 
     python scripts/estimate_models.py --out scripts/results/estimates.json
 

@@ -39,6 +39,23 @@ def test_bench_linear(tmp_path: Path) -> None:
     assert all(len(row) == 3 and min(row.values()) > 0 for row in table.values())
 
 
+def test_the_estimate_is_true(tmp_path: Path) -> None:
+    """Real training of a small model, by the script that holds the prediction to what was allocated."""
+    flags = ["--shapes", "tiny", "--lengths", "1024", "--device", "cpu"]
+    result = run("check_estimate.py", tmp_path / "estimate.json", *flags)
+    assert len(result["configurations"]) == 5
+    assert result["largest_error"] < 0.05
+
+
+def test_estimates_of_known_models(tmp_path: Path) -> None:
+    flags = ["--models", "Mistral-7B", "--memory", "8GB", "1GB"]
+    result = run("estimate_models.py", tmp_path / "estimates.json", *flags)
+    fits, does_not = result["plans"]
+    assert fits["peak_gb"] < 8
+    assert "nothing fits" in does_not["plan"]
+    assert [row["peak_gb"] < 6 for row in result["one_row"]] == [True, True]
+
+
 def test_the_floor_counts_each_product_once() -> None:
     one = Workload(hidden=8, intermediate=16, layers=1, heads=2, kv_heads=2, vocabulary=32, batch=1, length=4)
     # q, k, v have no gradient of the first layer's input to make; o, gate, up, down and the head do.

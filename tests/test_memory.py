@@ -19,6 +19,7 @@ from qdora.model import hollow_model
 from qdora.workspace import CPU
 from tests.conftest import make_model
 
+WEIGHTS = ("base weights", "embeddings and head", "norms and the rest", "adapters")
 ADAPTER = qdora.AdapterConfig(rank=4, alpha=8)
 PLAN = Plan(rows=2, accumulation=1, loss_chunk_bytes=2**20)
 
@@ -51,14 +52,11 @@ def test_what_lasts_is_what_the_loaded_model_holds(in_4bit: bool, use_dora: bool
     assert parts["embeddings and head"] == sum(tensor.nbytes for tensor in ends)
     trained = [p for p in model.parameters() if p.requires_grad]
     caches = 8 * sum(layer.out_features for layer in layers) if use_dora else 0
-    norms = sum(buffer.nbytes for layer in layers for buffer in layer._buffers.values() if buffer is not None)
+    norms = sum(layer.base_norm().nbytes for layer in layers) if use_dora else 0
     assert parts["adapters"] == sum(p.nbytes for p in trained) + norms + caches
     assert parts["optimizer state"] == pytest.approx(6 * sum(p.numel() for p in trained), rel=0.01)
     whole = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
     assert sum(parts[name] for name in parts if name in WEIGHTS) == whole + caches
-
-
-WEIGHTS = ("base weights", "embeddings and head", "norms and the rest", "adapters")
 
 
 def test_a_nf4_checkpoint_is_reckoned_as_its_original(path: Path, tmp_path: Path, memory: MemoryModel) -> None:
@@ -123,5 +121,3 @@ def test_the_whole_depth_is_reckoned(path: Path, tmp_path: Path) -> None:
     assert many.parts["kept layer inputs"] - few.parts["kept layer inputs"] >= 0
     kept = 8 * 256 * 64 * 2
     assert many.device_bytes - few.device_bytes >= 5 * kept
-
-

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"cli", "__main__"},
     {"estimate", "quantize", "train", "merge"},
-    {"planner", "trainer", "verify"},
+    {"planner", "preflight", "trainer", "verify"},
     {"arguments", "memory", "model"},
     {"checkpoint", "sources"},
     {"stream", "offload", "simulate", "sharding"},
@@ -54,9 +54,11 @@ def test_only_nf4_knows_bitsandbytes_and_nothing_pickles() -> None:
 def test_all_is_exported() -> None:
     for name in qdora.__all__:
         assert hasattr(qdora, name), name
-    assert {"quantize", "train", "merge", "load_model", "save_adapter", "load_adapter"} <= set(qdora.__all__)
+    assert {"estimate", "quantize", "train", "merge", "load_model", "save_adapter", "load_adapter"} <= set(
+        qdora.__all__
+    )
     assert list(qdora.__all__) == sorted(qdora.__all__)
-    for verb in ("quantize", "train", "merge"):
+    for verb in ("estimate", "quantize", "train", "merge"):
         assert callable(getattr(qdora, verb))
 
 
@@ -77,6 +79,7 @@ def test_tests_mirror_the_source() -> None:
         "base",
         "dense",
         "curves",
+        "preflight",
         "trainer",
         "verify",
         "scoring",

@@ -14,6 +14,7 @@ import qdora
 from qdora import ConfigError, DataError, NumericsError
 from qdora.inject import adapted_linears
 from qdora.train import train_from_arguments
+from tests.conftest import make_model
 
 QUICK: dict[str, Any] = {
     "lora_r": 4,
@@ -30,7 +31,9 @@ QUICK: dict[str, Any] = {
 
 def quick(model: Path, data: Path, out: Path, **flags: Any) -> qdora.TrainReport:
     settings = {**QUICK, "model_name_or_path": str(model), "dataset": str(data), "output_dir": str(out), **flags}
-    return qdora.train(**settings)
+    report = qdora.train(**settings)
+    assert report is not None
+    return report
 
 
 def adapter_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -107,6 +110,47 @@ def test_accumulation_weights_tokens(tiny_nf4: Path, tmp_path: Path) -> None:
     for key, tensor in a.items():
         if "lora_B" in key:
             assert torch.nn.functional.cosine_similarity(tensor.flatten(), b[key].flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"stream_base": True},
+        {"activation_offloading": True},
+        {"stream_base": True, "activation_offloading": True, "embedding_on_host": True},
+    ],
+)
+def test_ways_to_need_less_train_the_same_bits(flags: dict[str, Any], pairs_file: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", tie=False, num_hidden_layers=5)
+    settings = {"max_steps": 3, "save_strategy": "no", "lora_r": 2, "loss_chunk_size": "1MiB"}
+    quick(model, pairs_file, tmp_path / "plain", **settings)
+    quick(model, pairs_file, tmp_path / "lean", **settings, **flags)
+    a, b = adapter_tensors(tmp_path / "plain"), adapter_tensors(tmp_path / "lean")
+    assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+
+
+def test_a_run_is_made_to_fit(tiny_nf4: Path, pairs_file: Path, tmp_path: Path, capsys: Any) -> None:
+    flags = {"max_steps": 3, "save_strategy": "no", "lora_r": 2, "dtype": "float32"}
+    asked = quick(tiny_nf4, pairs_file, tmp_path / "asked", **flags)
+    capsys.readouterr()
+    fitted = quick(tiny_nf4, pairs_file, tmp_path / "fitted", **flags, memory="1MB")
+    assert "plan: --per_device_train_batch_size 1 --gradient_accumulation_steps 8" in capsys.readouterr().out
+    assert fitted.steps == asked.steps == 3
+    assert fitted.last_loss == pytest.approx(asked.last_loss, rel=0.02)
+
+
+def test_a_dry_run_says_what_it_needs_and_leaves_nothing(
+    tiny_nf4: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**QUICK, "model_name_or_path": str(tiny_nf4), "dataset": str(pairs_file), "dry_run": True}
+    assert qdora.train(**settings, output_dir=str(tmp_path / "out")) is None
+    out = capsys.readouterr().out
+    assert "plan: --per_device_train_batch_size 8" in out
+    assert "base weights" in out
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="nothing fits in 10 kB: the least is"):
+        qdora.train(**settings, output_dir=str(tmp_path / "out"), memory="10kB")
+    assert not (tmp_path / "out").exists()
 
 
 def test_best_checkpoint_and_chunked_evaluation(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
