@@ -1,4 +1,4 @@
-"""The command line: three verbs over the functions of the same names."""
+"""The command line: the verbs, over the functions of the same names."""
 
 from __future__ import annotations
 

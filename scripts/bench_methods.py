@@ -34,7 +34,8 @@ METHODS = {
     "PEFT LoRA dense": ("peft", "dense", False),
     "matmul floor": ("floor", "dense", False),
 }
-Step = Callable[[], None]
+Step = Callable[[], float]
+"""Runs one step and returns its loss."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def prepare(method: str, workload: Workload, directory: Path, rank: int, device:
 
     def adapt() -> Step:
         adapted = _with_qdora(model, rank, use_dora) if engine == "qdora" else _with_peft(model, rank, use_dora)
-        return _training_step(adapted, model, ids)
+        return training_step(adapted, model, ids)
 
     return adapt
 
@@ -159,17 +160,21 @@ def _with_peft(model: Any, rank: int, use_dora: bool) -> nn.Module:
     return adapted
 
 
-def _training_step(adapted: nn.Module, model: Any, ids: Tensor) -> Step:
+def training_step(adapted: nn.Module, model: Any, ids: Tensor) -> Step:
+    """Forward, chunked loss, backward under checkpointing, AdamW; what trains must be in `adapted`."""
     adapted.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
     head, backbone = model.get_output_embeddings(), model.base_model
 
-    def step() -> None:
+    def step() -> float:
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
-        (answer_loss(hidden, head.weight, ids) / ids.numel()).backward()
+        loss = answer_loss(hidden, head.weight, ids) / ids.numel()
+        del hidden
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return loss.item()
 
     return step
 
@@ -180,10 +185,11 @@ def _floor(workload: Workload, device: torch.device) -> Step:
     weights = {shape: torch.randn(shape, device=device).bfloat16() for _, shape in products}
     inputs = {n: torch.randn(workload.tokens, n, device=device).bfloat16() for _, shape in products for n in shape}
 
-    def step() -> None:
+    def step() -> float:
         for transposed, (rows, columns) in products:
             weight = weights[rows, columns]
             torch.mm(inputs[rows], weight) if transposed else torch.mm(inputs[columns], weight.t())
+        return 0.0
 
     return step
 

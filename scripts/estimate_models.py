@@ -30,7 +30,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found = [row(name, size, arguments.length) for name in arguments.models for size in arguments.memory]
     for entry in found:
-        print("| {model} | {memory} | {plan} | {peak_gb:.2f} | {host_gb:.1f} |".format(**entry))
+        sizes = "" if entry["peak_gb"] is None else "{peak_gb:.2f} | {host_gb:.1f} |".format(**entry)
+        print("| {model} | {memory} | {plan} | {sizes}".format(**entry, sizes=sizes))
     # one row at a time, with nothing left to the device that may wait on the host, streamed or not
     leanest = [
         lean(name, arguments.length, stream_base=streamed) for name in arguments.models for streamed in (False, True)
@@ -48,7 +49,7 @@ def row(name: str, memory: str, length: int) -> dict[str, Any]:
     try:
         found = qdora.estimate(CONFIGS / name, max_length=length, per_device_train_batch_size=4, memory=memory)
     except qdora.ConfigError as error:
-        return {**base, "plan": str(error), "peak_gb": float("nan"), "host_gb": float("nan")}
+        return {**base, "plan": str(error), "peak_gb": None, "host_gb": None}
     seconds = round(time.perf_counter() - started, 1)
     return {**base, "plan": found.plan.flags(), **_sizes(found), "parts": found.need.parts, "seconds": seconds}
 

@@ -56,6 +56,20 @@ def test_estimates_of_known_models(tmp_path: Path) -> None:
     assert [row["peak_gb"] < 6 for row in result["one_row"]] == [True, True]
 
 
+def test_bench_stream(tmp_path: Path) -> None:
+    flags = ["--workloads", "tiny, 64 tokens", "--rounds", "1", "--steps", "1", "--device", "cpu"]
+    (result,) = run("bench_stream.py", tmp_path / "stream.json", *flags)["results"]
+    assert list(result["methods"]) == ["resident", "streamed", "FSDP2 offloading"]
+    assert result["same_loss"]
+
+
+def test_draw_memory(tmp_path: Path) -> None:
+    result = run("draw_memory.py", tmp_path / "memory.json", "--workload", "tiny, 64 tokens")
+    assert sum(result["reckoned"].values()) > result["loaded_model"]
+    assert result["measured_above_model"].keys() == {"qdora QDoRA", "PEFT QLoRA", "PEFT QDoRA"}
+    assert (tmp_path / "memory.png").stat().st_size > 0
+
+
 def test_the_floor_counts_each_product_once() -> None:
     one = Workload(hidden=8, intermediate=16, layers=1, heads=2, kv_heads=2, vocabulary=32, batch=1, length=4)
     # q, k, v have no gradient of the first layer's input to make; o, gate, up, down and the head do.

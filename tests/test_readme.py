@@ -44,7 +44,7 @@ def test_the_commands(place: Path) -> None:
         if line and not line.startswith("#")
     ]
     verbs = [shlex.split(line)[1:] for line in commands if line.startswith("qdora ")]
-    assert [verb[0] for verb in verbs] == ["quantize", "train", "merge", "train"]
+    assert [verb[0] for verb in verbs] == ["estimate", "quantize", "train", "merge", "train"]
     for verb in verbs:
         if verb[0] == "train":
             shutil.rmtree(place / "adapter", ignore_errors=True)
