@@ -18,6 +18,7 @@ from qdora.inject import adapted_linears
 from qdora.model import compute_dtype, is_nf4_checkpoint, model_linears, pick_device, trainable_parameters
 from qdora.nf4 import NF4Weight
 from tests.conftest import make_model
+from tests.memory import peak_of
 
 IDS = torch.arange(3, 43)[None]
 
@@ -136,3 +137,25 @@ def test_a_head_that_does_more_is_scored_by_the_model(kind: str, tmp_path: Path,
     expected = torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:])
     assert trainer._head_is_plain is (kind == "plain")
     assert float(trainer.compute_loss(model, batch)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_loading_takes_the_checkpoint_s_size_and_no_more(tmp_path: Path, tiny_nf4: Path) -> None:
+    """In host memory, of which a GPU's load needs even less: no second copy, nothing upcast on the way."""
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+    source, packed = make_model(tmp_path / "wide", **wide), tmp_path / "nf4"
+    qdora.quantize(source, packed)
+    size = sum(path.stat().st_size for path in packed.glob("*.safetensors"))
+    peak = peak_of(
+        work=f"model = qdora.load_model({str(packed)!r}, device='cpu')",
+        warm_up=f"import qdora; qdora.load_model({str(tiny_nf4)!r}, device='cpu')",
+    )
+    largest = 1024 * 4096 // 2
+    assert size > 25e6
+    assert peak < size + largest + 8e6
+    assert size < 0.3 * sum(path.stat().st_size for path in source.glob("*.safetensors"))
+
+
+def test_what_is_not_quantized_stays_in_16_bits(tiny_nf4: Path) -> None:
+    model = qdora.load_model(tiny_nf4, device="cpu", adapter=qdora.AdapterConfig(rank=2))
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype in (torch.bfloat16, torch.uint8), name
