@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from bench_methods import METHODS, WORKLOADS, Step, floor_flops, prepare, write_model
-from record import synchronize, write_result
+from record import most_allocated, synchronize, write_result
 
 CPU_WORKLOADS = [name for name in WORKLOADS if name.startswith("SmolLM2") or "1024 tokens" in name]
 OURS = "qdora QDoRA"
@@ -84,12 +84,7 @@ def peak_bytes(adapt: Callable[[], Step], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run_twice(adapt)
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    return most_allocated(profile)
 
 
 def run_twice(adapt: Callable[[], Step]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from bench_methods import Workload, write_model
 from datasets import Dataset
-from record import write_result
+from record import most_allocated, write_result
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -205,13 +205,7 @@ class Meter(TrainerCallback):
             self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
             return
         self._profile.stop()
-        held = most = 0
-        record: Any = self._profile.profiler
-        for event in record.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                most = max(most, held)
-        self.peak_bytes = self._before + most
+        self.peak_bytes = self._before + most_allocated(self._profile)
 
 
 if __name__ == "__main__":

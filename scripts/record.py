@@ -47,3 +47,17 @@ def synchronize(device: torch.device) -> None:
     """Wait until what was asked of the device is done, so that a clock read next tells the truth."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def most_allocated(profile: Any) -> int:
+    """The most bytes that torch's allocator held at once on the CPU, above what it held when the profile began.
+
+    Args:
+        profile: a finished `torch.profiler.profile` with `profile_memory=True`.
+    """
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+from record import most_allocated
 
 _PROGRAM = """
 import resource, sys
@@ -33,9 +34,4 @@ def allocated_by(work: Callable[[], object]) -> int:
     """The most bytes that torch's allocator holds at once for it, on the CPU, above what it held before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    return most_allocated(profile)
