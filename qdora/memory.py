@@ -9,6 +9,7 @@ is laid between them: while layer i of L is in its backward, i inputs are still 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +18,11 @@ from typing import Any
 from torch import nn
 
 from qdora.dora import DoRALinear, FrozenLinear
+from qdora.errors import ConfigError, reason
 from qdora.inject import adapted_linears, decoder_layers, freeze_dense
 from qdora.optimizer import CompensatedAdamW
 from qdora.shards import format_bytes
-from qdora.simulate import Batch, Segment, StepTrace, cut, simulate_loss, simulate_step, simulate_update
+from qdora.simulate import Batch, Segment, StepTrace, cut, head_is_plain, simulate_loss, simulate_step, simulate_update
 from qdora.stream import layer_bytes
 from qdora.workspace import Workspace
 
@@ -113,6 +115,9 @@ class Run:
     flattened: bool = False
     """Whether the rows of a micro-batch are laid end to end, so that it needs one between them."""
 
+    lean_loss: bool = True
+    """Whether the loss is the plain one, which is computed without all the logits."""
+
     def batch(self, rows: int) -> Batch:
         """A micro-batch of so many rows, as the model sees it."""
         if self.flattened:
@@ -128,7 +133,7 @@ class MemoryModel:
         run: what is reckoned for.
 
     Raises:
-        ConfigError: the model has no decoder layers.
+        ConfigError: the model has no decoder layers, or its step does not run.
     """
 
     def __init__(self, build: Callable[[], Any], run: Run) -> None:
@@ -138,6 +143,8 @@ class MemoryModel:
             freeze_dense(layer)  # as streaming does, so that what can be streamed is told by its type
         self._small = deepcopy(self._model)
         cut(self._small)
+        with _said_by(self._model):
+            self._lean_loss = run.lean_loss and head_is_plain(self._small)
         self._traces: dict[int, StepTrace] = {}
         self._losses: dict[tuple[int, int], int] = {}
         self._update: Segment | None = None
@@ -153,7 +160,10 @@ class MemoryModel:
     def _trace(self, rows: int) -> StepTrace:
         if rows not in self._traces:
             batch, workspace = self._run.batch(rows), self._run.workspace
-            self._traces[rows] = simulate_step(self._small, batch, workspace, self._run.checkpointing)
+            with _said_by(self._model):
+                self._traces[rows] = simulate_step(
+                    self._small, batch, workspace, self._run.checkpointing, self._lean_loss
+                )
         return self._traces[rows]
 
     def _loss(self, rows: int, chunk_bytes: int) -> int:
@@ -181,8 +191,11 @@ class MemoryModel:
         forward, backward = "one layer's forward", "one layer's recompute and gradients"
         yield moment("in the forward of the first layer", forward, trace.forward[0], (0, 0), (0, 0))
         yield moment("in the forward of the last layer", forward, trace.forward[last], (last, whole), (0, 0))
-        loss = Segment(trace.loss_start, trace.loss_start + self._loss(plan.rows, plan.loss_chunk_bytes))
-        yield moment("in the loss", "loss chunk", loss, (traced, layers), (0, 0))
+        loss, logits = trace.loss, "all logits"
+        if self._lean_loss:
+            loss = Segment(loss.start, loss.start + self._loss(plan.rows, plan.loss_chunk_bytes))
+            logits = "loss chunk"
+        yield moment("in the loss", logits, loss, (traced, layers), (0, 0))
         yield moment("in the backward of the last layer", backward, trace.backward[last], (traced, layers), (0, 0))
         if traced > 2:
             for number in {1, layers - 2}:
@@ -273,6 +286,17 @@ class MemoryModel:
             if layer.use_dora:
                 kinds["adapters"] += 8 * layer.out_features  # the row scale and its companion, fp32
         return kinds
+
+
+@contextmanager
+def _said_by(model: nn.Module) -> Iterator[None]:
+    """A model's own code may fail in any way, over fake tensors or with our linears."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(
+            f"cannot reckon with {type(model).__name__}, its step does not run: {reason(error)}"
+        ) from None
 
 
 @dataclass(frozen=True)

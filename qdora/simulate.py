@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +33,7 @@ from qdora.inject import decoder_layers
 from qdora.loss import summed_nll
 from qdora.workspace import Workspace, assume
 
-__all__ = ["Batch", "Segment", "StepTrace", "cut", "simulate_loss", "simulate_step", "simulate_update"]
+__all__ = ["Batch", "Segment", "StepTrace", "cut", "head_is_plain", "simulate_loss", "simulate_step", "simulate_update"]
 
 SIMULATED_LAYERS = 3
 _ATTENTION = "sdpa_over_fake_tensors"
@@ -65,8 +66,8 @@ class StepTrace:
 
     forward: tuple[Segment, ...]
     """Of each layer, the embedding's included in the first."""
-    loss_start: int
-    """What is alive when the loss begins."""
+    loss: Segment
+    """From the last hidden states to the loss."""
     backward: tuple[Segment, ...]
     """Of each layer, the recompute included, in the order of the layers."""
     kept_bytes: int
@@ -83,13 +84,16 @@ def cut(model: nn.Module) -> None:
             del module[: max(0, len(layers) - SIMULATED_LAYERS)]
 
 
-def simulate_step(model: nn.Module, batch: Batch, workspace: Workspace, checkpointing: bool = True) -> StepTrace:
+def simulate_step(
+    model: nn.Module, batch: Batch, workspace: Workspace, checkpointing: bool = True, lean_loss: bool = True
+) -> StepTrace:
     """Run forward, loss and backward.
 
     Args:
         model: on the meta device, with adapters, and cut.
         workspace: of the device that is reckoned for.
         checkpointing: whether layers are recomputed; without, what a layer keeps is all that its backward needs.
+        lean_loss: whether the loss is ours; otherwise the model's own, with all logits.
     """
     model = deepcopy(model)
     with FakeTensorMode(), assume(workspace):
@@ -99,12 +103,37 @@ def simulate_step(model: nn.Module, batch: Batch, workspace: Workspace, checkpoi
         ledger = _Ledger()
         with ledger:
             trained = [p for p in model.parameters() if p.requires_grad]
-            step = _Step(model, batch, ledger, checkpointing)
+            step = _Step(model, batch, ledger, checkpointing, lean_loss)
             step.run()  # makes what stays for good
             for parameter in trained:
                 parameter.grad = None
             step.run()
             return step.trace(sum(p.nbytes for p in trained) // len(decoder_layers(model)))
+
+
+def head_is_plain(model: nn.Module) -> bool:
+    """Whether logits are the head's product with the last hidden states: if the model's forward does nothing after it.
+
+    The same question as `scoring.ScoredModel.head_is_plain` answers by values, of a model that has none.
+
+    Args:
+        model: on the meta device.
+    """
+    any_model: Any = deepcopy(model)
+    head, backbone = any_model.get_output_embeddings(), any_model.base_model
+    if head is None or backbone is any_model:
+        return False
+    with FakeTensorMode():
+        _materialize(any_model)
+        any_model.eval()
+        inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long), "use_cache": False}
+        with torch.no_grad():
+            any_model(**inputs)  # makes what stays for good
+        with torch.no_grad(), _Diary() as alone:
+            functional.linear(backbone(**inputs).last_hidden_state, head.weight, head.bias)
+        with torch.no_grad(), _Diary() as whole:
+            any_model(**inputs)
+    return alone.computations == whole.computations
 
 
 def simulate_loss(head: nn.Module, positions: int, chunk_bytes: int) -> int:
@@ -185,12 +214,26 @@ class _Ledger(TorchDispatchMode):
         self.held -= self._known.pop(key)
 
 
+class _Diary(TorchDispatchMode):
+    """Counts operations that compute something, rather than show a tensor in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computations = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # a fake tensor asks for its device in operations of their own
+        shows = function.is_view or function.namespace == "prim" or "view" in str(function)
+        self.computations += not shows
+        return function(*args, **(kwargs or {}))
+
+
 class _Step:
     """Runs a micro-batch and notes what is alive where one layer ends and the next begins."""
 
-    def __init__(self, model: Any, batch: Batch, ledger: _Ledger, checkpointing: bool) -> None:
+    def __init__(self, model: Any, batch: Batch, ledger: _Ledger, checkpointing: bool, lean_loss: bool) -> None:
         self._model, self._ledger = model, ledger
-        self._checkpointing = checkpointing
+        self._checkpointing, self._lean_loss = checkpointing, lean_loss
         self._ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
         # Every token but the last of each row carries loss: no batch takes more.
         positions = batch.rows * (batch.length - 1)
@@ -199,6 +242,8 @@ class _Step:
         self._mask = torch.ones(batch.rows, batch.length, dtype=torch.long) if batch.padded else None
         self._marks: list[tuple[int, int]] = []
         model.train()
+        if not lean_loss:
+            model.get_output_embeddings().register_forward_pre_hook(lambda *_: self._mark())
         for layer in decoder_layers(model):
             layer.gradient_checkpointing = True  # type: ignore[assignment]
             layer._gradient_checkpointing_func = self._call_layer  # type: ignore[assignment]
@@ -208,16 +253,19 @@ class _Step:
         self._ledger.restart()
         self._marks = []
         self._base = self._ledger.held
-        hidden = self._model.base_model(
-            input_ids=self._ids, attention_mask=self._mask, use_cache=False
-        ).last_hidden_state
-        self._mark()
-        head = self._model.get_output_embeddings()
-        loss = summed_nll(hidden[self._scored], head.weight, self._labels, head.bias)
-        del hidden
+        loss = self._lean() if self._lean_loss else self._model(**self._inputs(), labels=self._ids).loss
         self._mark()
         loss.backward()
         self._mark()
+
+    def _inputs(self) -> dict[str, Any]:
+        return {"input_ids": self._ids, "attention_mask": self._mask, "use_cache": False}
+
+    def _lean(self) -> Tensor:
+        hidden = self._model.base_model(**self._inputs()).last_hidden_state
+        self._mark()
+        head = self._model.get_output_embeddings()
+        return summed_nll(hidden[self._scored], head.weight, self._labels, head.bias)
 
     def _call_layer(self, layer: Callable[..., Any], *args: Any) -> Any:
         self._mark()
@@ -244,7 +292,7 @@ class _Step:
         kept = loss.start - forward[-1].start
         if n > 1:
             kept = forward[-1].start - forward[-2].start
-        return StepTrace((first, *forward[1:]), loss.start, tuple(reversed(down)), kept, gradient_bytes)
+        return StepTrace((first, *forward[1:]), loss, tuple(reversed(down)), kept, gradient_bytes)
 
 
 def _materialize(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma2Config, MambaConfig
 
 import qdora
 from qdora import CheckpointError, ConfigError
@@ -90,6 +91,22 @@ def test_of_a_file_of_a_directory_and_of_a_checkpoint(tiny: Path, tiny_nf4: Path
 def test_mistakes(flags: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         qdora.estimate(CONFIGS / "Mistral-7B", **{**ROW, **flags})
+
+
+def test_heads_that_are_scored_with_all_logits(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    Gemma2Config(**shape, num_key_value_heads=2, head_dim=16, vocab_size=64000).save_pretrained(tmp_path)
+    need = qdora.estimate(tmp_path, **ROW).need
+    assert need.device_bytes > 2048 * 64000 * 4 * 2
+    large = CONFIGS / "Llama-3.1-8B"
+    smoothed, plain = (qdora.estimate(large, **ROW, label_smoothing_factor=amount).need for amount in (0.1, 0.0))
+    assert smoothed.device_bytes > plain.device_bytes
+
+
+def test_a_model_whose_code_reads_weights(tmp_path: Path) -> None:
+    MambaConfig(hidden_size=64, num_hidden_layers=3, vocab_size=256).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="cannot reckon with MambaForCausalLM"):
+        qdora.estimate(tmp_path, **ROW)
 
 
 def test_no_model(tmp_path: Path) -> None:

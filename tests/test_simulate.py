@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Cohere2Config, Gemma2Config, Gemma3TextConfig, GraniteConfig, LlamaConfig, Qwen2Config
 
 import qdora
 from qdora.inject import decoder_layers
 from qdora.loss import summed_nll
 from qdora.model import hollow_model
 from qdora.optimizer import CompensatedAdamW
-from qdora.simulate import Batch, cut, simulate_loss, simulate_step, simulate_update
+from qdora.simulate import Batch, cut, head_is_plain, simulate_loss, simulate_step, simulate_update
 from qdora.workspace import CPU
 from tests.conftest import make_model
 from tests.memory import allocated_by
@@ -86,6 +87,28 @@ def test_a_layer_that_is_not_recomputed_keeps_more(tmp_path: Path) -> None:
     assert fat.kept_bytes > 4 * lean.kept_bytes
 
 
+@pytest.mark.parametrize(
+    ("config", "plain"),
+    [
+        (LlamaConfig, True),
+        (Qwen2Config, True),
+        (Gemma3TextConfig, True),
+        (Gemma2Config, False),
+        (Cohere2Config, False),
+        (GraniteConfig, False),
+    ],
+)
+def test_heads_that_do_more_than_multiply(config: Any, plain: bool, tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    extra = {"logits_scaling": 8.0} if config is GraniteConfig else {}
+    config(**shape, num_key_value_heads=2, vocab_size=4000, **extra).save_pretrained(tmp_path)
+    model = hollow_model(tmp_path, ADAPTER)
+    assert head_is_plain(model) is plain
+    lean, own = (simulate_step(model, Batch(1, 500, False), CPU, lean_loss=lean).loss for lean in (True, False))
+    assert own.peak - own.start > 500 * 4000 * 6, "all logits, in 16 bits and in fp32"
+    assert lean.start == own.start
+
+
 def test_it_is_the_step_that_runs(tmp_path: Path) -> None:
     """Three layers, no depth to be reckoned: forward, loss and backward of the real model take what the trace says."""
     path = make_model(tmp_path / "model", num_hidden_layers=3, hidden_size=128, intermediate_size=512)
@@ -105,5 +128,5 @@ def test_it_is_the_step_that_runs(tmp_path: Path) -> None:
     model.zero_grad(set_to_none=True)
     real = allocated_by(step)
     reckoned = max(segment.peak for segment in (*trace.forward, *trace.backward))
-    loss = trace.loss_start + simulate_loss(hollow_model(path, ADAPTER).get_output_embeddings(), 399, 64 * 2**20)
+    loss = trace.loss.start + simulate_loss(hollow_model(path, ADAPTER).get_output_embeddings(), 399, 64 * 2**20)
     assert max(reckoned, loss) == pytest.approx(real, rel=0.05)
