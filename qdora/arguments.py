@@ -7,12 +7,10 @@ command line, so that both are parsed, typed and checked by the same parser, and
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,76 +19,20 @@ from transformers import HfArgumentParser
 
 from qdora.config import ALL_LINEAR, AdapterConfig
 from qdora.errors import ConfigError
+from qdora.flags import DEFAULTS, OTHER_NAMES, RunArguments
+from qdora.groups import Rates
+from qdora.nearest import did_you_mean, nearest
 from qdora.shards import parse_size
 
-__all__ = ["OWN_OPTIMIZERS", "RunArguments", "adapter_config", "flags_of", "parse_estimate", "parse_train"]
+__all__ = ["adapter_config", "flags_of", "parse_estimate", "parse_train", "rates"]
 
-# Where our defaults differ from SFTConfig's: an adapter learns faster than a whole model, bf16 is the model's own
-# dtype (so that autocast has nothing to do), and a loss that is not finite must be seen.
-_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4,
-    "bf16": False,
-    "per_device_train_batch_size": 4,
-    "logging_first_step": True,
-    "logging_nan_inf_filter": False,
+_CHOICES = {
+    "dtype": ("bfloat16", "float16", "float32"),
+    "adapter_dtype": ("bfloat16", "float32"),
+    "init_lora_weights": ("default", "loftq"),
+    "freeze": ("none", "magnitude", "direction"),
 }
-
-
-# What other tools call it.
-_OTHER_NAMES = {
-    "rank": "lora_r",
-    "lora_rank": "lora_r",
-    "r": "lora_r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "target_modules": "lora_target_modules",
-    "model": "model_name_or_path",
-    "base_model": "model_name_or_path",
-    "data": "dataset",
-    "dataset_name": "dataset",
-    "train_file": "dataset",
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "max_seq_length": "max_length",
-    "resume": "resume_from_checkpoint",
-}
-
-
-# The names under which AdamW means `optimizer.CompensatedAdamW`; any other name is the trainer's.
-OWN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 _NOT_STARTED = ("--dataset", "none", "--output_dir", "none")
-
-
-@dataclass
-class RunArguments:
-    """What to train on what; the names are those of TRL's command line."""
-
-    model_name_or_path: str = field(metadata={"help": "an NF4 checkpoint, a 16-bit model directory or a Hub id"})
-    dataset: str = field(metadata={"help": "a .jsonl, .json, .csv or .parquet file, or a data set on the Hub"})
-    dataset_split: str = field(default="train", metadata={"help": "which split of a Hub data set"})
-    eval_dataset: str | None = field(default=None, metadata={"help": "likewise, to evaluate on"})
-    eval_dataset_split: str = field(default="test", metadata={"help": "which split of a Hub data set to evaluate on"})
-    dtype: str = field(default="bfloat16", metadata={"help": "of the arithmetic: bfloat16, float16 or float32"})
-    load_in_4bit: bool = field(default=True, metadata={"help": "quantize a 16-bit model to NF4 as it loads"})
-    use_dora: bool = field(default=True, metadata={"help": "train a magnitude for each output; false gives LoRA"})
-    use_rslora: bool = field(default=False, metadata={"help": "scale by alpha/sqrt(rank) instead of alpha/rank"})
-    lora_r: int = field(default=16, metadata={"help": "rank of the direction update"})
-    lora_alpha: float = field(default=32.0, metadata={"help": "its strength: the update is scaled by alpha/rank"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the low-rank path"})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: [ALL_LINEAR],
-        metadata={"help": "names of linears, one regular expression, or all-linear"},
-    )
-    adapter_dtype: str = field(default="bfloat16", metadata={"help": "of what trains: bfloat16 or float32"})
-    stream_base: bool = field(
-        default=False, metadata={"help": "leave base weights on the host, two layers at a time on the device"}
-    )
-    embedding_on_host: bool = field(default=False, metadata={"help": "leave the input embedding on the host"})
-    loss_chunk_size: str = field(default="64MiB", metadata={"help": "of the fp32 logits that exist at once"})
-    memory: str | None = field(default=None, metadata={"help": "make the run fit in this, such as 8GB"})
-    dry_run: bool = field(default=False, metadata={"help": "print what the run needs, and stop"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "write over an adapter that is there"})
 
 
 def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
@@ -105,7 +47,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     from trl import SFTConfig
 
     parser = _Parser((RunArguments, SFTConfig), add_help=False, allow_abbrev=False, prog="qdora train")
-    parser.set_defaults(**_DEFAULTS)
+    parser.set_defaults(**DEFAULTS)
     flags = list(arguments)
     if flags and not flags[0].startswith("-"):
         flags = flags_of(_read_yaml(flags[0])) + flags[1:]
@@ -115,6 +57,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
         if flag.startswith("--") and name not in known:
             raise ConfigError(f"unknown flag --{name}{_suggestion(name, known)}")
     flags = _with_bare_fsdp([_spelled(flag) for flag in flags])
+    parser.set_defaults(**_evaluation_defaults(flags))
     missing = [name for name in ("model_name_or_path", "dataset", "output_dir") if not _is_given(name, flags)]
     if missing:
         raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (as flags or in the config file)")
@@ -125,14 +68,67 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
             run, training = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError(f"these training flags do not fit together: {str(error).splitlines()[0]}") from None
+    if "perplexity" in str(training.metric_for_best_model) and not _is_given("greater_is_better", flags):
+        training.greater_is_better = False
     _check_together(run, training)
+    _check_evaluation(run, training)
     return run, training
 
 
+def _evaluation_defaults(flags: Sequence[str]) -> dict[str, Any]:
+    """With data to evaluate on, and nothing else said: evaluate after each epoch, save then too, and keep the best."""
+    if not (_is_given("eval_dataset", flags) or _is_given("validation_split_percentage", flags)):
+        return {}
+    defaults: dict[str, Any] = {}
+    strategy = _value_of("eval_strategy", flags)
+    if strategy is None:
+        strategy = defaults["eval_strategy"] = "steps" if _is_given("eval_steps", flags) else "epoch"
+    if strategy == "no" or any(_is_given(name, flags) for name in ("save_strategy", "save_steps")):
+        return defaults
+    defaults |= {"save_strategy": strategy, "load_best_model_at_end": True}
+    if _is_given("eval_steps", flags):
+        defaults["save_steps"] = float(str(_value_of("eval_steps", flags)))
+    return defaults
+
+
+def _check_evaluation(run: RunArguments, training: Any) -> None:
+    has_data = bool(run.eval_dataset or run.validation_split_percentage)
+    strategy = training.eval_strategy.value
+    if strategy != "no" and not has_data:
+        raise ConfigError(f"--eval_strategy {strategy} needs an --eval_dataset or a --validation_split_percentage")
+    if run.eval_dataset and run.validation_split_percentage:
+        raise ConfigError("--eval_dataset and --validation_split_percentage both say what to evaluate on; choose one")
+    if not 0 <= run.validation_split_percentage < 100:
+        raise ConfigError(
+            f"--validation_split_percentage must be at least 0 and below 100, found {run.validation_split_percentage:g}"
+        )
+    if run.eval_exact_match < 0:
+        raise ConfigError(f"--eval_exact_match is a number of rows, found {run.eval_exact_match}")
+    if run.eval_exact_match and strategy == "no":
+        raise ConfigError("--eval_exact_match answers rows at each evaluation; it needs data to evaluate on")
+    if run.early_stopping_patience is None:
+        return
+    if run.early_stopping_patience < 1:
+        raise ConfigError(f"--early_stopping_patience must be at least 1, found {run.early_stopping_patience}")
+    if strategy == "no" or not training.load_best_model_at_end:
+        raise ConfigError(
+            "--early_stopping_patience needs evaluations and the best checkpoint: give --eval_dataset or "
+            "--validation_split_percentage, and --load_best_model_at_end true if you set --save_strategy yourself"
+        )
+
+
 def _check_together(run: RunArguments, training: Any) -> None:
-    if training.eval_strategy != "no" and not run.eval_dataset:
-        raise ConfigError(f"--eval_strategy {training.eval_strategy.value} needs an --eval_dataset")
     parse_size(run.loss_chunk_size)
+    rates(run, training)
+    for name, known in _CHOICES.items():
+        if (value := getattr(run, name)) not in known:
+            raise ConfigError(
+                f"--{name} must be one of {', '.join(known)}, found {value!r}{did_you_mean(value, known)}"
+            )
+    if not run.use_dora and (run.freeze == "magnitude" or run.magnitude_learning_rate or run.magnitude_weight_decay):
+        raise ConfigError("--use_dora false leaves the magnitude out; there is none to freeze or to give a rate")
+    if run.original_model_name_or_path and run.init_lora_weights != "loftq":
+        raise ConfigError("--original_model_name_or_path is for --init_lora_weights loftq")
     if training.activation_offloading and not training.gradient_checkpointing:
         raise ConfigError(
             "--activation_offloading keeps the inputs of recomputed layers; it needs gradient_checkpointing"
@@ -195,6 +191,17 @@ def adapter_config(run: RunArguments) -> AdapterConfig:
     )
 
 
+def rates(run: RunArguments, training: Any) -> Rates:
+    """How fast each part of the adapter learns."""
+    return Rates(
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        magnitude_learning_rate=run.magnitude_learning_rate,
+        magnitude_weight_decay=run.magnitude_weight_decay,
+        b_ratio=run.loraplus_lr_ratio,
+    )
+
+
 class _Parser(HfArgumentParser):
     """Raises where argparse would print and exit."""
 
@@ -252,15 +259,18 @@ def _is_given(name: str, flags: Sequence[str]) -> bool:
     return any(flag == f"--{name}" or flag.startswith(f"--{name}=") for flag in flags)
 
 
-def _suggestion(name: str, known: set[str]) -> str:
-    def likeness(candidate: str) -> float:
-        # The beginning counts too: `modle` is near `model_name_or_path`.
-        heads = (candidate, candidate[: len(name)])
-        whole, head = (difflib.SequenceMatcher(None, name, text).ratio() for text in heads)
-        return max(whole, 0.9 * head)
+def _value_of(name: str, flags: Sequence[str]) -> str | None:
+    """The value that a flag has on this command line, the last if it stands there twice."""
+    value = None
+    for i, flag in enumerate(flags):
+        if flag.startswith(f"--{name}="):
+            value = flag.partition("=")[2]
+        elif flag == f"--{name}" and i + 1 < len(flags):
+            value = flags[i + 1]
+    return value
 
+
+def _suggestion(name: str, known: set[str]) -> str:
     ours = [item.name for item in dataclasses.fields(RunArguments)]
-    near = _OTHER_NAMES.get(name) or max([*ours, *sorted(k.replace("-", "_") for k in known)], key=likeness)
-    if likeness(near) < 0.6 and name not in _OTHER_NAMES:
-        return "; `qdora train --help` lists the common ones"
-    return f"; did you mean --{near}?"
+    near = nearest(name, [*ours, *sorted(k.replace("-", "_") for k in known)], OTHER_NAMES)
+    return "; `qdora train --help_all` lists them all" if near is None else f"; did you mean --{near}?"

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from qdora.arguments import OWN_OPTIMIZERS, RunArguments, adapter_config
+from qdora.arguments import adapter_config
 from qdora.errors import ConfigError
+from qdora.flags import OWN_OPTIMIZERS, RunArguments
+from qdora.groups import freeze_part
 from qdora.memory import MemoryModel, Need, Plan, Run
 from qdora.model import hollow_model
 from qdora.shards import format_bytes, parse_size
@@ -40,14 +42,20 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
     adapter = adapter_config(run)
     if training.max_length is None:
         raise ConfigError("--max_length is off: how long the rows may get must be known to reckon with them")
-    return MemoryModel(
-        lambda: hollow_model(
+
+    def build() -> Any:
+        model = hollow_model(
             run.model_name_or_path,
             adapter,
             dtype=run.dtype,
             load_in_4bit=run.load_in_4bit,
             trust_remote_code=training.trust_remote_code,
-        ),
+        )
+        freeze_part(model, run.freeze)
+        return model
+
+    return MemoryModel(
+        build,
         Run(
             length=training.max_length,
             workspace=ACCELERATOR if on_accelerator else CPU,

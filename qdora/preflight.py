@@ -10,10 +10,26 @@ from typing import Any
 
 from transformers import TrainerState
 
-from qdora.arguments import OWN_OPTIMIZERS, RunArguments
 from qdora.errors import CheckpointError, ConfigError, reason
+from qdora.flags import OWN_OPTIMIZERS, RunArguments
+from qdora.model import is_nf4_checkpoint
+from qdora.sources import local_model
 
-__all__ = ["check_place", "check_sharded", "check_unused", "checkpoint_to_resume"]
+__all__ = ["check_original", "check_place", "check_sharded", "check_unused", "checkpoint_to_resume"]
+
+
+def check_original(run: RunArguments, trust_remote_code: bool) -> None:
+    """That there is something that rounding to NF4 took away, and weights to tell what."""
+    if run.init_lora_weights != "loftq":
+        return
+    is_packed = is_nf4_checkpoint(local_model(run.model_name_or_path), trust_remote_code)
+    if is_packed and not run.original_model_name_or_path:
+        raise ConfigError(
+            f"--init_lora_weights loftq: {run.model_name_or_path} is in NF4 already; name the 16-bit original with "
+            "--original_model_name_or_path"
+        )
+    if not is_packed and not run.load_in_4bit:
+        raise ConfigError("--init_lora_weights loftq makes up for rounding to NF4; --load_in_4bit false rounds nothing")
 
 
 def check_sharded(run: RunArguments, training: Any) -> None:
@@ -26,6 +42,8 @@ def check_sharded(run: RunArguments, training: Any) -> None:
         raise ConfigError(
             "--memory and --dry_run reckon one device that holds the whole model; leave them out with --fsdp"
         )
+    if run.init_lora_weights == "loftq" or run.eval_exact_match:
+        raise ConfigError("--init_lora_weights loftq and --eval_exact_match need whole weights, which --fsdp shards")
     if training.fp16:
         raise ConfigError("--fp16 scales the loss, which --fsdp does not support; use --dtype bfloat16")
     if training.optim not in OWN_OPTIMIZERS:

@@ -55,7 +55,7 @@ def test_flags_of() -> None:
     [
         ([*NEEDED, "--learing_rate", "1"], "unknown flag --learing_rate; did you mean --learning_rate?"),
         ([*NEEDED, "--lora-rank", "1"], "unknown flag --lora_rank; did you mean --lora_r"),
-        ([*NEEDED, "--zzzzzz", "1"], "unknown flag --zzzzzz; `qdora train --help`"),
+        ([*NEEDED, "--zzzzzz", "1"], "unknown flag --zzzzzz; `qdora train --help_all`"),
         (NEEDED[:4], "missing: --output_dir"),
         ([*NEEDED, "--accelerator_config", "absent.json"], "absent.json"),
         ([*NEEDED, "--lora_r", "many"], "invalid int value: 'many'"),

@@ -1,0 +1,93 @@
+"""What the optimizer sees of an adapter: magnitude and direction, each with its learning rate and weight decay.
+
+Magnitude and direction are what DoRA takes a weight apart into, and they need not learn alike. Weight decay pulls the
+magnitude towards the base weight's, for what is stored is the offset from that; it pulls B towards zero, which is the
+base's direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qdora.errors import ConfigError
+
+__all__ = ["DIRECTION", "MAGNITUDE", "Rates", "freeze_part", "parameter_groups"]
+
+MAGNITUDE, DIRECTION = "magnitude", "direction"
+_PART_OF = {"magnitude_offset": MAGNITUDE, "lora_A": DIRECTION, "lora_B": DIRECTION}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast each part learns. None means: like the direction."""
+
+    learning_rate: float
+    """Of A, and of B unless `b_ratio` says otherwise."""
+    weight_decay: float = 0.0
+    magnitude_learning_rate: float | None = None
+    magnitude_weight_decay: float | None = None
+    b_ratio: float = 1.0
+    """Learning rate of B by that of A: LoRA+ (arXiv 2402.12354, section 4)."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ConfigError: a negative number, or no ratio.
+        """
+        for name, value in vars(self).items():
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{name} must be at least 0, found {value!r}")
+        if self.b_ratio == 0:
+            raise ConfigError("loraplus_lr_ratio must be above 0; --freeze direction keeps A and B as they are")
+
+    @property
+    def differ(self) -> bool:
+        """Whether any part is treated otherwise than the rest."""
+        return (self.magnitude_learning_rate, self.magnitude_weight_decay, self.b_ratio) != (None, None, 1)
+
+    def of(self, name: str) -> tuple[str, float, float]:
+        """(group, learning rate, weight decay) of the parameter of that name."""
+        last = name.rpartition(".")[2]
+        if _PART_OF.get(last) == MAGNITUDE:
+            rate = self.learning_rate if self.magnitude_learning_rate is None else self.magnitude_learning_rate
+            decay = self.weight_decay if self.magnitude_weight_decay is None else self.magnitude_weight_decay
+            return MAGNITUDE, rate, decay
+        if last == "lora_B" and self.b_ratio != 1:
+            return "direction, B", self.learning_rate * self.b_ratio, self.weight_decay
+        return DIRECTION, self.learning_rate, self.weight_decay
+
+
+def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
+    """The trained parameters in groups as `torch.optim` takes them, each with its `name`."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group, rate, decay = rates.of(name)
+            entry = groups.setdefault(group, {"params": [], "lr": rate, "weight_decay": decay, "name": group})
+            entry["params"].append(parameter)
+    return list(groups.values())
+
+
+def freeze_part(model: nn.Module, part: str) -> None:
+    """Keep one part of every adapter as it is: `magnitude`, `direction`, or `none` of them.
+
+    Raises:
+        ConfigError: another name, or nothing would be left to train.
+    """
+    if part == "none":
+        return
+    if part not in (MAGNITUDE, DIRECTION):
+        raise ConfigError(f"freeze must be {MAGNITUDE}, {DIRECTION} or none, found {part!r}")
+    parts = [(_PART_OF.get(name.rpartition(".")[2]), p) for name, p in model.named_parameters() if p.requires_grad]
+    if not any(found != part for found, _ in parts):
+        raise ConfigError(f"nothing is left to train: the adapters are all {part}; LoRA has no magnitude")
+    _freeze(p for found, p in parts if found == part)
+
+
+def _freeze(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(False)

@@ -1,0 +1,55 @@
+"""Magnitude and direction with rates of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import qdora
+from qdora import ConfigError
+from qdora.groups import Rates, freeze_part, parameter_groups
+
+
+@pytest.fixture
+def model(tiny_nf4: Path) -> torch.nn.Module:
+    return qdora.load_model(tiny_nf4, adapter=qdora.AdapterConfig(rank=2))
+
+
+def summary(model: torch.nn.Module, rates: Rates) -> dict[str, tuple[int, float, float]]:
+    groups = parameter_groups(model, rates)
+    return {group["name"]: (len(group["params"]), group["lr"], group["weight_decay"]) for group in groups}
+
+
+def test_what_is_not_said_is_the_direction_s(model: torch.nn.Module) -> None:
+    assert summary(model, Rates(1e-3, 0.1)) == {"direction": (28, 1e-3, 0.1), "magnitude": (14, 1e-3, 0.1)}
+
+
+def test_each_part_has_its_rates(model: torch.nn.Module) -> None:
+    rates = Rates(1e-3, 0.1, magnitude_learning_rate=0.0, magnitude_weight_decay=0.5, b_ratio=16)
+    assert summary(model, rates) == {
+        "direction": (14, 1e-3, 0.1),
+        "direction, B": (14, 1.6e-2, 0.1),
+        "magnitude": (14, 0.0, 0.5),
+    }
+
+
+@pytest.mark.parametrize(("part", "left"), [("none", 42), ("magnitude", 28), ("direction", 14)])
+def test_freezing(model: torch.nn.Module, part: str, left: int) -> None:
+    freeze_part(model, part)
+    assert sum(len(group["params"]) for group in parameter_groups(model, Rates(1.0))) == left
+
+
+def test_mistakes(tiny_nf4: Path) -> None:
+    lora = qdora.load_model(tiny_nf4, adapter=qdora.AdapterConfig(rank=2, use_dora=False))
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        freeze_part(lora, "direction")
+    with pytest.raises(ConfigError, match="found 'bias'"):
+        freeze_part(lora, "bias")
+    with pytest.raises(ConfigError, match="magnitude_learning_rate must be at least 0, found -1"):
+        Rates(1.0, magnitude_learning_rate=-1)
+    with pytest.raises(ConfigError, match="must be above 0"):
+        Rates(1.0, b_ratio=0)
+    with pytest.raises(ConfigError, match="found nan"):
+        Rates(float("nan"))
