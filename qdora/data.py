@@ -24,7 +24,7 @@ from qdora.errors import DataError
 from qdora.loss import IGNORED
 from qdora.rows import Row, parse_json
 
-__all__ = ["EncodedData", "Rendered", "encode", "recognize", "render"]
+__all__ = ["EncodedData", "Rendered", "encode", "last_answer", "marked", "recognize", "render", "with_last_answer"]
 
 _CHAT, _SHAREGPT, _ALPACA, _PAIR, _TEXT = "messages", "sharegpt", "alpaca", "prompt/completion", "text"
 _COLUMNS = {
@@ -33,6 +33,12 @@ _COLUMNS = {
     _PAIR: ("prompt", "completion"),
     _ALPACA: ("instruction", "output"),
     _TEXT: ("text",),
+}
+# Where a chat's turns stand: column, and each turn's keys for speaker and words.
+_TURNS = {
+    _CHAT: ("messages", "role", "content"),
+    _SHAREGPT: ("conversations", "from", "value"),
+    _PAIR: ("completion", "role", "content"),
 }
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -151,6 +157,47 @@ def render(
     return _mark_answers(messages, first_answer, template, where)
 
 
+def last_answer(row: Row, layout: str, where: str) -> str:
+    """The text that a row's last answer is.
+
+    Raises:
+        DataError: plain text has no answers, or a chat ends with another's turn.
+    """
+    if layout == _TEXT:
+        raise DataError(f"{where}: plain text has no question and no answer")
+    if layout == _ALPACA:
+        return _text(row, "output", where)
+    if layout == _PAIR and not isinstance(row.get("completion"), list):
+        return _text(row, "completion", where)
+    column, role_key, content_key = _TURNS[layout]
+    turns = _messages(row, column, role_key, content_key, where)
+    if turns[-1]["role"] != "assistant":
+        raise DataError(f"{where}: the chat does not end with an answer")
+    answer: str = turns[-1]["content"]
+    return answer
+
+
+def with_last_answer(row: Row, layout: str, answer: str) -> Row:
+    """The row with another text as its last answer; `last_answer` must have found one."""
+    if layout == _ALPACA:
+        return {**row, "output": answer}
+    if layout == _PAIR and not isinstance(row["completion"], list):
+        return {**row, "completion": answer}
+    column, _, content_key = _TURNS[layout]
+    return {**row, column: [*row[column][:-1], {**row[column][-1], content_key: answer}]}
+
+
+def marked(ids: Sequence[int], labels: Sequence[int], tokenizer: Any, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
+    """A row's tokens as text, with marks around what carries loss."""
+    parts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or (labels[end] != IGNORED) != (labels[start] != IGNORED):
+            text = tokenizer.decode(ids[start:end])
+            parts.append(text if labels[start] == IGNORED else marks[0] + text + marks[1])
+            start = end
+    return "".join(parts)
+
+
 def encode(
     rows: Sequence[Row],
     tokenizer: Any,
@@ -158,6 +205,7 @@ def encode(
     source: str | Path = "the data",
     loss_on_all: bool = False,
     progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+    numbers: Sequence[int] | None = None,
 ) -> EncodedData:
     """Rows to token ids and labels.
 
@@ -167,6 +215,7 @@ def encode(
         source: for messages.
         loss_on_all: loss on prompts too.
         progress: wraps the rows, such as tqdm.
+        numbers: of the rows in their file, for messages, if they are not all of it.
 
     Raises:
         DataError: a row is malformed, or no row has an answer left.
@@ -175,7 +224,7 @@ def encode(
         raise DataError("the tokenizer has no fast version, and answers are found by its offsets")
     layout = recognize(rows, source)
     all_ids, all_labels, cut, dropped, hidden = [], [], 0, 0, 0
-    for number, row in enumerate(progress(rows), 1):
+    for number, row in zip(numbers or range(1, len(rows) + 1), progress(rows), strict=True):
         rendered = render(row, number, layout, tokenizer, source, loss_on_all)
         ids, has_loss = _tokenize(rendered, tokenizer, loss_on_all)
         length = len(ids) if max_length is None else min(max_length, len(ids))

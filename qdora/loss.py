@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["CHUNK_BYTES", "IGNORED", "answer_loss", "summed_nll"]
+__all__ = ["CHUNK_BYTES", "IGNORED", "answer_loss", "nll_by_row", "summed_nll"]
 
 IGNORED = -100
 CHUNK_BYTES = 64 * 2**20
@@ -47,6 +47,20 @@ def summed_nll(
     return _SummedNll.apply(h_TH, weight_VH, bias_V, labels_T, chunk_bytes)
 
 
+@torch.no_grad()
+def nll_by_row(
+    hidden: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
+    """`answer_loss` of each row apart, (batch,) fp32, for evaluation: there is no gradient."""
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    total = torch.zeros(labels.shape[0], dtype=torch.float32, device=hidden.device)
+    step = max(1, chunk_bytes // (4 * weight_VH.shape[0]))
+    for row_T, column_T in zip(rows.split(step), columns.split(step), strict=True):
+        label_T1 = labels[row_T, column_T + 1][:, None]
+        total.index_add_(0, row_T, _chunk_nll(hidden[row_T, column_T], weight_VH, bias_V, label_T1, None))
+    return total
+
+
 class _SummedNll(torch.autograd.Function):
     """Σ −log softmax(h·Wᵀ + b)[label]; the gradient for h is ready when the forward ends."""
 
@@ -61,7 +75,7 @@ class _SummedNll(torch.autograd.Function):
         for start in range(0, h_TH.shape[0], step):
             part = slice(start, start + step)
             chunk = None if dh_TH is None else dh_TH[part]
-            total += _chunk_nll(h_TH[part], weight_VH, bias_V, labels_T[part, None], chunk)
+            total += _chunk_nll(h_TH[part], weight_VH, bias_V, labels_T[part, None], chunk).sum()
         ctx.save_for_backward(dh_TH)
         return total
 
@@ -75,7 +89,7 @@ class _SummedNll(torch.autograd.Function):
 def _chunk_nll(
     h_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, label_T1: Tensor, dh_TH: Tensor | None
 ) -> Tensor:
-    """Σ −log p(label), in the memory of one chunk of fp32 logits; fills dh_TH with the gradient, if there is one.
+    """−log p(label), (T,), in the memory of one chunk of fp32 logits; fills dh_TH with the gradient, if there is one.
 
     Not `torch.logsumexp`: it holds the exponentials beside the logits.
     """
@@ -90,4 +104,4 @@ def _chunk_nll(
         probability = exponentials.div_(sum_T1)
         probability.scatter_add_(1, label_T1, torch.full_like(sum_T1, -1.0))
         torch.mm(probability.to(h_TH.dtype), weight_VH, out=dh_TH)
-    return (sum_T1.log() - chosen_T1).sum()
+    return (sum_T1.log() - chosen_T1)[:, 0]

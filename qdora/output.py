@@ -17,7 +17,7 @@ from typing import Any
 
 from qdora.errors import ConfigError
 
-__all__ = ["check_output", "new_directory", "write_json"]
+__all__ = ["check_output", "new_directory", "replace_text", "write_json"]
 
 
 def check_output(out: str | Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> Path:
@@ -80,6 +80,14 @@ def _put_in_place(scratch: Path, path: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, sorted as given, with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole, or leaves the one that is there."""
+    scratch = path.with_name(f".{path.name}.unfinished")
+    scratch.write_text(text, encoding="utf-8")
+    _flush_one(scratch)
+    scratch.replace(path)
 
 
 def _flush(directory: Path) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qdora.errors import DataError
 
-__all__ = ["Row", "parse_json", "read_rows"]
+__all__ = ["Row", "held_out", "parse_json", "read_rows"]
 
 Row = dict[str, Any]
 
@@ -42,6 +43,18 @@ def read_rows(source: str | Path, split: str = "train") -> list[Row]:
     if not rows:
         raise DataError(f"{source} has no rows")
     return rows
+
+
+def held_out(count: int, percentage: float, seed: int) -> list[int]:
+    """Which of so many rows are kept back to evaluate on: chosen at random by the seed, at least one, in order.
+
+    Raises:
+        DataError: no row would be left to train on.
+    """
+    kept_back = max(1, round(count * percentage / 100))
+    if kept_back >= count:
+        raise DataError(f"{count} rows cannot be parted: {kept_back} would be kept back to evaluate on; give more rows")
+    return sorted(random.Random(seed).sample(range(count), kept_back))
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
-from qdora.loss import CHUNK_BYTES, answer_loss
+from qdora.loss import CHUNK_BYTES, IGNORED, answer_loss, nll_by_row
 
 __all__ = ["ScoredModel"]
 
@@ -37,19 +37,22 @@ class ScoredModel(nn.Module):
         names = [name for name, _ in [*self.named_parameters(), *self.named_buffers()]]
         self._ddp_params_and_buffers_to_ignore = [name for name in names if name not in trained]
 
-    def forward(self, lean: bool = False, **inputs: Any) -> Any:
+    def forward(self, lean: bool = False, by_row: bool = False, **inputs: Any) -> Any:
         """
         Args:
             lean: return Σ −log p over the answers' tokens, an fp32 scalar, without all the logits.
+            by_row: return Σ −log p of each row, (batch,) fp32, without gradients; `lean` or by way of all the logits.
             inputs: the model's own, `labels` (batch, length) among them.
         """
-        return self._answer_loss(inputs) if lean else self.model(**inputs)
-
-    def _answer_loss(self, inputs: dict[str, Any]) -> Tensor:
+        if not lean and not by_row:
+            return self.model(**inputs)
         features = {name: value for name, value in inputs.items() if name != "labels"}
-        hidden = self.model.base_model(**features, use_cache=False).last_hidden_state
+        if not lean:
+            return _nll_of_logits(self.model(**features, use_cache=False).logits, inputs["labels"], self.chunk_bytes)
+        hidden: Tensor = self.model.base_model(**features, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings()
-        return answer_loss(hidden, head.weight, inputs["labels"], head.bias, self.chunk_bytes)
+        loss = nll_by_row if by_row else answer_loss
+        return loss(hidden, head.weight, inputs["labels"], head.bias, self.chunk_bytes)
 
     @torch.no_grad()
     def head_is_plain(self) -> bool:
@@ -84,3 +87,15 @@ class ScoredModel(nn.Module):
         finally:
             if sharded is not None:
                 sharded.set_requires_gradient_sync(True)
+
+
+@torch.no_grad()
+def _nll_of_logits(logits: Tensor, labels: Tensor, chunk_bytes: int) -> Tensor:
+    """Σ −log p of each row, (batch,) fp32, of logits (batch, length, vocabulary) that are all there."""
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    total = torch.zeros(labels.shape[0], dtype=torch.float32, device=logits.device)
+    step = max(1, chunk_bytes // (4 * logits.shape[-1]))
+    for row_T, column_T in zip(rows.split(step), columns.split(step), strict=True):
+        chunk = logits[row_T, column_T].float()
+        total.index_add_(0, row_T, functional.cross_entropy(chunk, labels[row_T, column_T + 1], reduction="none"))
+    return total

@@ -7,6 +7,7 @@ is what it must be told: the model and the data; and what may be wrong is found 
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,16 +19,24 @@ from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils import logging
 
-from qdora.arguments import OWN_OPTIMIZERS, RunArguments, adapter_config, flags_of, parse_train
+from qdora.answers import Question, questions
+from qdora.arguments import adapter_config, flags_of, parse_train, rates
+from qdora.config import ALL_LINEAR
 from qdora.curves import loss_series, plot_loss
-from qdora.data import EncodedData, encode
+from qdora.data import EncodedData, encode, marked
 from qdora.distributed import is_main, processes, say
 from qdora.errors import ConfigError, DataError, NumericsError, QDoRAError, reason
+from qdora.flags import OWN_OPTIMIZERS, RunArguments
+from qdora.groups import freeze_part
 from qdora.model import load_model, load_tokenizer, trainable_parameters
 from qdora.optimizer import CompensatedAdamW
+from qdora.packing import settle_packing, splits_rows
 from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
-from qdora.preflight import check_place, check_sharded, check_unused, checkpoint_to_resume
-from qdora.rows import read_rows
+from qdora.preflight import check_original, check_place, check_sharded, check_unused, checkpoint_to_resume
+from qdora.progress import memory_bytes
+from qdora.report import LOG_FILE, REPORT_FILE, Group, RunFacts, write_log, write_report
+from qdora.residual import begin_with_residual
+from qdora.rows import Row, held_out, read_rows
 from qdora.sharding import Sharding, take_sharding
 from qdora.shards import parse_size
 
@@ -44,15 +53,19 @@ class TrainReport:
     first_loss: float
     last_loss: float
     eval_loss: float | None
+    """Of the adapter that was kept."""
+    best_step: int | None
+    """When that was, if evaluations chose it."""
     trained_values: int
     data: str
 
     def __str__(self) -> str:
         loss = f"loss {self.first_loss:.4f} → {self.last_loss:.4f} in {self.steps} steps"
         evaluation = "" if self.eval_loss is None else f", evaluation loss {self.eval_loss:.4f}"
+        kept = "" if self.best_step is None else f" (the best, of step {self.best_step}, was kept)"
         return (
-            f"{loss}{evaluation}; {self.trained_values:,} values trained\n"
-            f"adapter in {self.output_dir}, loss picture in {self.output_dir / 'loss.png'}"
+            f"{loss}{evaluation}{kept}; {self.trained_values:,} values trained\n"
+            f"adapter in {self.output_dir}; beside it {REPORT_FILE}, {LOG_FILE} and loss.png"
         )
 
 
@@ -76,6 +89,7 @@ def train(config: str | Path | None = None, **flags: Any) -> TrainReport | None:
 
 def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     """`train`, given a command line."""
+    started = time.perf_counter()
     if not is_main():
         _hush()
     run, training = parse_train(arguments)
@@ -89,15 +103,14 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     adapter = adapter_config(run)
     if sharding is not None:
         check_sharded(run, training)
+    check_original(run, training.trust_remote_code)
     _use_one_device(training)
-    if run.memory is not None or run.dry_run:
-        _plan(run, training)
-        if run.dry_run:
-            return None
+    need = _plan(run, training) if run.memory is not None or run.dry_run else None
+    if run.dry_run:
+        return None
     tokenizer = load_tokenizer(run.model_name_or_path, training.trust_remote_code)
     _use_chat_template(tokenizer, training)
-    data = _load_data(run.dataset, run.dataset_split, tokenizer, training)
-    evaluation = _load_data(run.eval_dataset, run.eval_dataset_split, tokenizer, training) if run.eval_dataset else None
+    corpus = _load_corpus(run, training, tokenizer)
     set_seed(training.seed)
     model = load_model(
         run.model_name_or_path,
@@ -110,10 +123,16 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
         sharding=sharding,
         trust_remote_code=training.trust_remote_code,
     )
+    if run.init_lora_weights == "loftq":
+        _begin_with_residual(model, run, training)
+    freeze_part(model, run.freeze)
     say(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {_places(training, sharding)}")
-    trainer = _build_trainer(model, tokenizer, training, data, evaluation, run, sharding)
+    trainer = _build_trainer(model, tokenizer, training, corpus, run, sharding)
     _run(trainer, resume)
-    return _finish(trainer, run, data, output_dir)
+    report = _finish(trainer, run, corpus, output_dir)
+    if is_main():
+        _leave_notes(trainer, run, corpus, report, need, time.perf_counter() - started)
+    return report
 
 
 def _hush() -> None:
@@ -122,7 +141,8 @@ def _hush() -> None:
     warnings.simplefilter("ignore")
 
 
-def _plan(run: RunArguments, training: Any) -> None:
+def _plan(run: RunArguments, training: Any) -> str:
+    """Make the run fit in what it was given, and say what it takes."""
     on_accelerator = training.device.type != "cpu"
     reckoned, plan = memory_model(run, training, on_accelerator), asked_plan(run, training)
     if run.memory is None:
@@ -131,6 +151,18 @@ def _plan(run: RunArguments, training: Any) -> None:
         plan, need = choose(reckoned, plan, usable_bytes(run.memory, on_accelerator))
         adopt(plan, run, training)
     say(f"plan: {plan.flags()}\n{need}")
+    return str(need)
+
+
+def _begin_with_residual(model: Any, run: RunArguments, training: Any) -> None:
+    original = run.original_model_name_or_path or run.model_name_or_path
+    said = begin_with_residual(
+        model,
+        original,
+        training.trust_remote_code,
+        progress=lambda linears: tqdm(linears, desc="loftq", unit=" linears", leave=False, disable=not is_main()),
+    )
+    say(str(said))
 
 
 def _use_one_device(training: Any) -> None:
@@ -151,23 +183,23 @@ def _build_trainer(
     model: Any,
     tokenizer: Any,
     training: Any,
-    data: EncodedData,
-    evaluation: EncodedData | None,
+    corpus: Corpus,
     run: RunArguments,
     sharding: Sharding | None,
 ) -> Any:
     from datasets import Dataset
+    from transformers import EarlyStoppingCallback
 
     from qdora.trainer import AdapterTrainer, KeepInputsOnHost
 
     training.dataloader_pin_memory &= training.device.type != "cpu"
-    callbacks = []
+    callbacks: list[Any] = []
+    if run.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(run.early_stopping_patience, run.early_stopping_threshold))
     if training.activation_offloading:
         callbacks.append(KeepInputsOnHost(training.device))
         training.activation_offloading = False  # TRL would offload whatever is saved
-    if not training.packing:
-        # The rows are tokenized, masked and cut already.
-        training.dataset_kwargs = {**(training.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    settle_packing(training)
     model.train()
 
     def dataset(encoded: EncodedData) -> Dataset:
@@ -177,13 +209,15 @@ def _build_trainer(
         return AdapterTrainer(
             model=model,
             args=training,
-            train_dataset=dataset(data),
-            eval_dataset=None if evaluation is None else dataset(evaluation),
+            train_dataset=dataset(corpus.data),
+            eval_dataset=None if corpus.evaluation is None else dataset(corpus.evaluation),
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=_own_optimizer(training),
             callbacks=callbacks,
             chunk_bytes=parse_size(run.loss_chunk_size),
             sharding=sharding,
+            rates=rates(run, training),
+            asked=corpus.asked,
         )
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise ConfigError(f"these training flags do not fit together: {reason(error)}") from None
@@ -214,7 +248,7 @@ def _run(trainer: Any, resume: str | None) -> None:
         ) from error
 
 
-def _finish(trainer: Any, run: RunArguments, data: EncodedData, output_dir: Path) -> TrainReport:
+def _finish(trainer: Any, run: RunArguments, corpus: Corpus, output_dir: Path) -> TrainReport:
     history = trainer.state.log_history
     _, losses = loss_series(history, "loss")
     if not losses:
@@ -224,30 +258,134 @@ def _finish(trainer: Any, run: RunArguments, data: EncodedData, output_dir: Path
         raise NumericsError(f"the loss stopped being finite; no adapter was written to {output_dir}, lower the rate")
     trainer.save_model()
     trainer.save_state()
-    if is_main():
-        plot_loss(history, output_dir / "loss.png", f"{Path(run.model_name_or_path).name} on {Path(run.dataset).name}")
+    best_step = _best_step(trainer)
+    kept = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == best_step]
     return TrainReport(
         base=run.model_name_or_path,
         output_dir=output_dir,
         steps=trainer.state.global_step,
         first_loss=losses[0] if losses else math.nan,
         last_loss=losses[-1] if losses else math.nan,
-        eval_loss=eval_losses[-1] if eval_losses else None,
+        eval_loss=[*eval_losses, *kept][-1] if eval_losses else None,
+        best_step=best_step,
         trained_values=trainable_parameters(trainer.model),
-        data=str(data),
+        data=str(corpus.data),
     )
 
 
-def _load_data(source: str, split: str, tokenizer: Any, training: Any) -> EncodedData:
-    rows = read_rows(source, split)
+def _best_step(trainer: Any) -> int | None:
+    checkpoint = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return None if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def _leave_notes(
+    trainer: Any, run: RunArguments, corpus: Corpus, report: TrainReport, need: str | None, seconds: float
+) -> None:
+    """What people read afterwards: picture, log and report."""
+    history, out, training = trainer.state.log_history, report.output_dir, trainer.args
+    plot_loss(history, out / "loss.png", f"{Path(run.model_name_or_path).name} on {Path(run.dataset).name}")
+    write_log(history, out / LOG_FILE)
+    plan = asked_plan(run, training)
+    facts = RunFacts(
+        base=run.model_name_or_path,
+        adapter=_adapter_in_words(run),
+        output_dir=out,
+        dataset=run.dataset,
+        data=report.data,
+        evaluation_dataset=corpus.evaluation_name,
+        evaluation=None if corpus.evaluation is None else str(corpus.evaluation),
+        sample=marked(corpus.data.input_ids[0], corpus.data.labels[0], trainer.processing_class),
+        history=history,
+        steps=report.steps,
+        best_step=report.best_step,
+        groups=[
+            Group(
+                group.get("name", "adapter"),
+                sum(p.numel() for p in group["params"]),
+                group.get("initial_lr", group["lr"]),
+                group["weight_decay"],
+            )
+            for group in trainer.optimizer.param_groups
+        ],
+        settings={
+            name: getattr(value, "value", value) for name in _REPORTED if (value := getattr(training, name)) is not None
+        },
+        plan=plan.flags(),
+        need=need,
+        peak_bytes=memory_bytes(training.device),
+        device=str(training.device),
+        seconds=seconds,
+    )
+    write_report(facts, out / REPORT_FILE)
+
+
+_REPORTED = (
+    "optim",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "max_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+    "seed",
+)
+
+
+def _adapter_in_words(run: RunArguments) -> str:
+    method = ("QDoRA" if run.use_dora else "QLoRA") if run.load_in_4bit else ("DoRA" if run.use_dora else "LoRA")
+    targets = "all linears" if run.lora_target_modules == [ALL_LINEAR] else ", ".join(run.lora_target_modules)
+    frozen = "" if run.freeze == "none" else f", {run.freeze} frozen"
+    return f"{method} of rank {run.lora_r}, alpha {run.lora_alpha:g}, on {targets}{frozen}"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is trained on, and what is measured on."""
+
+    data: EncodedData
+    evaluation: EncodedData | None
+    evaluation_name: str | None
+    asked: list[Question]
+
+
+def _load_corpus(run: RunArguments, training: Any, tokenizer: Any) -> Corpus:
+    rows = read_rows(run.dataset, run.dataset_split)
+    numbers, eval_rows, eval_numbers, name = list(range(1, len(rows) + 1)), None, None, run.eval_dataset
+    if run.eval_dataset:
+        eval_rows = read_rows(run.eval_dataset, run.eval_dataset_split)
+    elif run.validation_split_percentage:
+        kept_back = held_out(len(rows), run.validation_split_percentage, training.seed)
+        name, eval_rows, eval_numbers = run.dataset, [rows[i] for i in kept_back], [i + 1 for i in kept_back]
+        numbers = sorted({*numbers} - {*eval_numbers})
+    data = _load_data([rows[i - 1] for i in numbers], numbers, run.dataset, tokenizer, training)
+    if eval_rows is None or name is None:
+        return Corpus(data, None, None, [])
+    evaluation = _load_data(eval_rows, eval_numbers, name, tokenizer, training, evaluation=True)
+    asked = _questions(eval_rows[: run.eval_exact_match], name, tokenizer) if run.eval_exact_match else []
+    return Corpus(data, evaluation, name, asked)
+
+
+def _questions(rows: list[Row], source: str, tokenizer: Any) -> list[Question]:
+    """Whole, whatever `max_length` is: an answer that was cut can never be matched."""
+    found = questions(encode(rows, tokenizer, None, source), tokenizer)
+    if not found:
+        raise DataError(f"{source} has no questions with answers to match; leave out --eval_exact_match")
+    return found
+
+
+def _load_data(
+    rows: list[Row], numbers: list[int] | None, source: str, tokenizer: Any, training: Any, evaluation: bool = False
+) -> EncodedData:
     encoded = encode(
         rows,
         tokenizer,
-        # Only these ways of packing go on with the rest of a long row in the next one.
-        None if training.packing and training.packing_strategy != "bfd" else training.max_length,
+        None if splits_rows(training, evaluation) else training.max_length,
         source,
         loss_on_all=training.completion_only_loss is False,
         progress=lambda rows: tqdm(rows, desc="tokenize", unit=" rows", leave=False, disable=not is_main()),
+        numbers=numbers,
     )
     say(f"{source}: {encoded}")
     return encoded

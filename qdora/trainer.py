@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,20 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from qdora.answers import Question, answer, count_matches
 from qdora.checkpoint import load_adapter, save_adapter
 from qdora.distributed import whole
+from qdora.errors import ConfigError
+from qdora.groups import Rates, parameter_groups
 from qdora.loss import CHUNK_BYTES, IGNORED
+from qdora.measure import score
 from qdora.offload import HostInputs
+from qdora.packing import check_rows_apart
+from qdora.progress import Progress, Speedometer
 from qdora.scoring import ScoredModel
 from qdora.sharding import Sharding, shard_root
 
@@ -31,17 +40,36 @@ class AdapterTrainer(SFTTrainer):
     Args:
         chunk_bytes: of the fp32 logits that exist at once.
         sharding: of the model, if its layers are sharded (`model.load_model`).
+        rates: of magnitude and direction; by default both have the trainer's.
+        asked: questions to answer at each evaluation.
         settings: of `SFTTrainer`, the model among them.
     """
 
-    def __init__(self, *, chunk_bytes: int = CHUNK_BYTES, sharding: Sharding | None = None, **settings: Any) -> None:
-        self._sharding = sharding
+    control: Any  # the trainer's own, which it leaves without types
+    optimizer_cls_and_kwargs: Any
+
+    def __init__(
+        self,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        sharding: Sharding | None = None,
+        rates: Rates | None = None,
+        asked: Sequence[Question] = (),
+        **settings: Any,
+    ) -> None:
+        self._sharding, self._rates, self._asked = sharding, rates, list(asked)
         super().__init__(**settings)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Progress(bar=not self.args.disable_tqdm))
+        self._speed = Speedometer(self.args.device, self.args.world_size)
         self._scored = ScoredModel(self.model, chunk_bytes)
         self._entry: Any = None
         if sharding is not None:
             shard_root(self._scored, sharding)
             register_fsdp_forward_method(self._scored, "head_is_plain")
+        if self.padding_free:
+            check_rows_apart(self._scored, self.data_collator)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         if self._sharding is None:
@@ -59,6 +87,22 @@ class AdapterTrainer(SFTTrainer):
             )
         return self._entry
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The trainer's, over magnitude and direction as groups of their own."""
+        if self.optimizer is None:
+            found = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, settings = found
+            # Some (GaLore, LOMO, Muon) take the model apart by themselves.
+            if not {"params", "model", "optimizer_dict"} & settings.keys() and _is_plain(kind):
+                rates = self._rates or Rates(self.args.learning_rate, self.args.weight_decay)
+                groups = parameter_groups(self.model, rates)
+                self.optimizer_cls_and_kwargs = kind, {**settings, "params": groups}
+            elif self._rates is not None and self._rates.differ:
+                raise ConfigError(
+                    f"--optim {self.args.optim} knows no rates of magnitude and direction; use adamw_torch"
+                )
+        return super().create_optimizer(model)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -67,6 +111,7 @@ class AdapterTrainer(SFTTrainer):
         Other losses than the plain one are TRL's: slower. A head that does more than multiply is left to the model's
         own loss, with all its logits.
         """
+        self._speed.count(inputs)
         if return_outputs or self._other_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._head_is_plain:
@@ -78,6 +123,49 @@ class AdapterTrainer(SFTTrainer):
         # If the tokens were counted in all processes, so must the loss be: their gradients are averaged.
         summands = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return total * summands / torch.as_tensor(num_items_in_batch).clamp(min=1)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """The trainer's, with speed and memory."""
+        super().log({**logs, **self._speed.read()} if "loss" in logs else logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Loss a token over all rows, whatever batches they came in; perplexity; exact matches, if asked for."""
+        if self._other_loss():
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        self.callback_handler.eval_dataloader = dataloader
+        entry = self._wrap_model(self.model, training=False)
+        entry.eval()
+        # Rows laid end to end come as one: none can be told from those that fill up the last batch.
+        gather = self.accelerator.gather if self.padding_free else self.accelerator.gather_for_metrics
+        with self.compute_loss_context_manager():
+            tally = score(entry, self._prepared(dataloader), self._head_is_plain, gather)
+        metrics = {"loss": tally.loss, "perplexity": tally.perplexity}
+        if self._asked:
+            metrics["exact_match"] = self._exact_match()
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=tally.rows)
+
+    def _prepared(self, dataloader: Any) -> Iterator[dict[str, Any]]:
+        for batch in dataloader:
+            yield self._prepare_inputs(batch)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _exact_match(self) -> float:
+        """The share of questions answered word for word; each process answers some."""
+        mine = self._asked[self.args.process_index :: self.args.world_size]
+        with self.compute_loss_context_manager():
+            answers = answer(self.model, self.processing_class, mine, self.args.per_device_eval_batch_size)
+        right = torch.tensor(count_matches(mine, answers), device=self.args.device)
+        return float(self.accelerator.reduce(right, "sum")) / len(self._asked)
 
     @cached_property
     def _head_is_plain(self) -> bool:
@@ -141,6 +229,10 @@ class AdapterTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         self.accelerator.wait_for_everyone()
         load_adapter(self.model, self.state.best_model_checkpoint)
+
+
+def _is_plain(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
 
 
 class KeepInputsOnHost(TrainerCallback):

@@ -1,0 +1,102 @@
+"""Greedy answers to the questions in a data set, and how many are word for word the ones that stand there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from qdora.data import EncodedData
+from qdora.loss import IGNORED
+
+__all__ = ["Question", "answer", "count_matches", "questions"]
+
+# Room for an answer that begins with a space or a newline too many.
+_SPARE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """What stands before a row's last answer, and that answer."""
+
+    prompt: list[int]
+    expected: str
+    tokens: int
+    """Of the expected answer, with what ends it."""
+
+
+def questions(data: EncodedData, tokenizer: Any) -> list[Question]:
+    """The rows' last answers as questions; rows that begin with their answer (plain text) have none."""
+    found = []
+    for ids, labels in zip(data.input_ids, data.labels, strict=True):
+        last = max(i for i, label in enumerate(labels) if label != IGNORED)
+        first = last
+        while first > 0 and labels[first - 1] != IGNORED:
+            first -= 1
+        if first > 1:
+            expected = tokenizer.decode(ids[first : last + 1], skip_special_tokens=True)
+            found.append(Question(ids[:first], expected.strip(), last + 1 - first))
+    return found
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[Question],
+    batch_size: int = 8,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> list[str]:
+    """The model's greedy answer to each question, stripped of what surrounds it.
+
+    Args:
+        model: with `generate`; it is put into eval mode and back.
+        progress: wraps the list of batches, such as tqdm.
+    """
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    answers = [""] * len(asked)
+    was_training = model.training
+    model.eval()
+    try:
+        for indices in progress(batches):
+            for i, text in zip(indices, _batch(model, tokenizer, [asked[i] for i in indices]), strict=True):
+                answers[i] = text
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def count_matches(asked: Sequence[Question], answers: Sequence[str]) -> int:
+    """How many answers are the expected ones, but for white space around them."""
+    return sum(question.expected == text for question, text in zip(asked, answers, strict=True))
+
+
+def _batch(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]:
+    length = max(len(question.prompt) for question in asked)
+    ids = torch.full((len(asked), length), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, question in enumerate(asked):
+        ids[row, length - len(question.prompt) :] = torch.tensor(question.prompt)
+        mask[row, length - len(question.prompt) :] = 1
+    # A config of our own, for the model's may ask for sampling or for penalties.
+    config = GenerationConfig(
+        max_new_tokens=max(question.tokens for question in asked) + _SPARE_TOKENS,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_ends(model, tokenizer),
+    )
+    tokens = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+    )
+    return [text.strip() for text in tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)]
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, and those the model's own config names."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in [*own, tokenizer.eos_token_id] if token is not None})
