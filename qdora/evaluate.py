@@ -1,0 +1,226 @@
+"""`qdora evaluate`: base, adapter and merged model on the same questions, side by side.
+
+What is measured, each over the same rows:
+
+    loss, perplexity       of the answers' tokens, every token alike
+    exact match            greedy answers that are word for word the expected ones
+    multiple choice        the right one of several answers is the most likely (see `choices`)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qdora.answers import Question, answer, count_matches, questions
+from qdora.choices import Accuracy, Choice, accuracy, choice_rows
+from qdora.data import EncodedData, encode
+from qdora.errors import CheckpointError, DataError
+from qdora.inject import adapted_linears, adapters_disabled
+from qdora.measure import padded_batches, row_likelihoods, score
+from qdora.model import is_nf4_checkpoint, load_model, load_tokenizer
+from qdora.output import replace_text
+from qdora.rows import read_rows
+from qdora.scoring import ScoredModel
+from qdora.sources import local_model
+
+__all__ = ["EvaluateReport", "Measured", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's figures."""
+
+    loss: float
+    """Nats a token of the answers."""
+    perplexity: float
+    exact_match: float | None
+    """The share of answered questions; None if none were asked."""
+    choice_accuracy: float | None
+    """The share of questions whose right answer is the most likely; None without choices."""
+    choice_accuracy_by_character: float | None
+    """The same with likelihoods divided by the answers' lengths in characters."""
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """What `evaluate` found."""
+
+    dataset: str
+    data: str
+    """Counts, in words."""
+    answered: int
+    """Questions that were answered for the exact match."""
+    choice_questions: int
+    models: dict[str, Measured]
+    """By `base`, `adapter` and `merged`."""
+    answers: dict[str, list[tuple[str, str]]]
+    """The first few: (expected, given)."""
+
+    def __str__(self) -> str:
+        lines = {name: [f"{value(measured)}" for measured in self.models.values()] for name, value in self._rows()}
+        first = max(map(len, lines))
+        widths = [max(len(name), *(len(line[i]) for line in lines.values())) for i, name in enumerate(self.models)]
+        head = "  ".join([" " * first, *(name.rjust(width) for name, width in zip(self.models, widths, strict=True))])
+        table = [
+            "  ".join([name.ljust(first), *(value.rjust(width) for value, width in zip(line, widths, strict=True))])
+            for name, line in lines.items()
+        ]
+        return "\n".join([f"{self.dataset}: {self.data}", head, *table])
+
+    def _rows(self) -> list[tuple[str, Callable[[Measured], str]]]:
+        rows: list[tuple[str, Callable[[Measured], str]]] = [
+            ("loss (nats a token)", lambda m: f"{m.loss:.4f}"),
+            ("perplexity", lambda m: f"{m.perplexity:.3f}"),
+        ]
+        if self.answered:
+            rows.append((f"exact match of {self.answered}", lambda m: _percent(m.exact_match)))
+        if self.choice_questions:
+            name = f"multiple choice of {self.choice_questions}"
+            rows.append((name, lambda m: _percent(m.choice_accuracy)))
+            rows.append(("  likelihood a character", lambda m: _percent(m.choice_accuracy_by_character)))
+        return rows
+
+    def write(self, path: str | Path) -> None:
+        """All figures as JSON."""
+        replace_text(Path(path), json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+@dataclass(frozen=True)
+class _Exam:
+    """What every model is asked."""
+
+    data: EncodedData
+    asked: list[Question]
+    choices: list[Choice]
+    choice_data: list[EncodedData]
+    batch_size: int
+
+
+def evaluate(
+    model: str | Path,
+    dataset: str | Path,
+    adapter: str | Path | None = None,
+    merged: str | Path | None = None,
+    *,
+    dataset_split: str = "test",
+    max_rows: int | None = None,
+    max_length: int | None = None,
+    exact_match_rows: int = 100,
+    choices: Sequence[str] = (),
+    loss_on_all: bool = False,
+    batch_size: int = 8,
+    dtype: str = "bfloat16",
+    device: str | torch.device | None = None,
+    load_in_4bit: bool | None = None,
+    stream_base: bool = False,
+    embedding_on_host: bool = False,
+    trust_remote_code: bool = False,
+) -> EvaluateReport:
+    """Measure a base model, and an adapter and a merged model beside it, on a data file.
+
+    Args:
+        model: an NF4 checkpoint, a 16-bit model directory or a Hub id.
+        dataset: a data file or a data set on the Hub, as for `train`; with a column `choices`, multiple choice too.
+        adapter: trained on `model`.
+        merged: a 16-bit model.
+        max_rows: the first so many rows.
+        max_length: cut rows to so many tokens for the loss; by default to what the model takes.
+        exact_match_rows: so many rows are answered and compared.
+        choices: words of which each answer holds one, see `choices`.
+        loss_on_all: count prompts too.
+        load_in_4bit: quantize a 16-bit `model` as it loads; by default if an adapter is given.
+
+    Raises:
+        QDoRAError: a model, the adapter or the data is wrong.
+    """
+    _check_merged(merged, trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    rows = read_rows(dataset, dataset_split)[:max_rows]
+    chosen = choice_rows(rows, dataset, choices)
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype, "device": device}
+    in_4bit = load_in_4bit if load_in_4bit is not None else adapter is not None
+    loaded = load_model(
+        model, adapter, load_in_4bit=in_4bit, stream_base=stream_base, embedding_on_host=embedding_on_host, **settings
+    )
+    limit = _context(loaded)
+    length = min(filter(None, (max_length, limit)), default=None)
+    data = encode(rows, tokenizer, length, dataset, loss_on_all, _bar("tokenize", "rows"))
+    whole = encode(rows[:exact_match_rows], tokenizer, None, dataset) if exact_match_rows else None
+    asked = [] if whole is None else questions(whole, tokenizer)
+    asked = [question for question in asked if limit is None or len(question.prompt) + question.tokens < limit - 8]
+    variants = [encode(choice.rows, tokenizer, length, dataset) for choice in chosen]
+    _check_variants(variants, chosen, dataset)
+    exam = _Exam(data, asked, chosen, variants, batch_size)
+    found, answers = {}, {}
+    with adapters_disabled(loaded):
+        found["base"], answers["base"] = _examine(loaded, tokenizer, exam, "base")
+    if adapted_linears(loaded):
+        found["adapter"], answers["adapter"] = _examine(loaded, tokenizer, exam, "adapter")
+    del loaded
+    if merged is not None:
+        plain = load_model(merged, load_in_4bit=False, **settings)
+        found["merged"], answers["merged"] = _examine(plain, tokenizer, exam, "merged")
+    return EvaluateReport(str(dataset), str(data), len(asked), len(chosen), found, answers)
+
+
+def _examine(model: Any, tokenizer: Any, exam: _Exam, name: str) -> tuple[Measured, list[tuple[str, str]]]:
+    model.eval()
+    entry = ScoredModel(model)
+    lean = entry.head_is_plain()
+    rows = list(zip(exam.data.input_ids, exam.data.labels, strict=True))
+    batches = list(padded_batches(rows, exam.batch_size, model.device))
+    tally = score(entry, (batch for _, batch in _bar(f"{name}: loss", "batches")(batches)), lean)
+    given = answer(model, tokenizer, exam.asked, exam.batch_size, _bar(f"{name}: answers", "batches"))
+    chosen = _choose(entry, exam, lean, name)
+    measured = Measured(
+        tally.loss,
+        tally.perplexity,
+        count_matches(exam.asked, given) / len(given) if given else None,
+        None if chosen is None else chosen.by_likelihood,
+        None if chosen is None else chosen.by_character,
+    )
+    return measured, [(question.expected, text) for question, text in zip(exam.asked, given, strict=True)][:20]
+
+
+def _choose(entry: ScoredModel, exam: _Exam, lean: bool, name: str) -> Accuracy | None:
+    if not exam.choices:
+        return None
+    rows = [row for data in exam.choice_data for row in zip(data.input_ids, data.labels, strict=True)]
+    bar = _bar(f"{name}: choices", "batches")
+    flat = iter(row_likelihoods(entry, rows, lean, entry.model.device, exam.batch_size, bar))
+    return accuracy(exam.choices, [[next(flat) for _ in choice.rows] for choice in exam.choices])
+
+
+def _check_merged(merged: str | Path | None, trust_remote_code: bool) -> None:
+    if merged is not None and is_nf4_checkpoint(local_model(merged), trust_remote_code):
+        raise CheckpointError(f"{merged} is in NF4, so it is no merged model; give it in the base model's place")
+
+
+def _check_variants(variants: Sequence[EncodedData], chosen: Sequence[Choice], dataset: str | Path) -> None:
+    """A choice that was cut would be measured by its beginning."""
+    for number, (data, choice) in enumerate(zip(variants, chosen, strict=True), 1):
+        if len(data) != len(choice.rows) or data.cut:
+            raise DataError(
+                f"{dataset}, row {number}: its choices do not fit in max_length; raise it or leave the row out"
+            )
+
+
+def _context(model: Any) -> int | None:
+    """How many tokens the model takes."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _bar(what: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    return lambda items: tqdm(items, desc=what, unit=f" {unit}", leave=False)

@@ -1,0 +1,55 @@
+"""Questions out of encoded rows, and answers in batches that are those of one row at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import qdora
+from qdora.answers import Question, answer, count_matches, questions
+from qdora.data import encode
+from tests.conftest import make_model, make_tokenizer
+
+
+def chat(*turns: str) -> dict[str, object]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]}
+
+
+def test_the_last_answer_is_asked_for() -> None:
+    tokenizer = make_tokenizer()
+    data = encode([chat("12?", "12 apples", "30?", "30 dogs"), chat("1?", "one")], tokenizer, None)
+    first, second = questions(data, tokenizer)
+    assert (first.expected, second.expected) == ("30 dogs", "one")
+    assert tokenizer.decode(first.prompt).endswith("<|im_start|>assistant\n")
+    assert first.tokens == len(tokenizer("30 dogs<|im_end|>").input_ids)
+
+
+def test_plain_text_asks_nothing() -> None:
+    tokenizer = make_tokenizer()
+    assert questions(encode([{"text": "The quick brown fox"}], tokenizer, None), tokenizer) == []
+
+
+def test_batches_answer_as_single_rows_do(tmp_path: Path) -> None:
+    directory = make_model(tmp_path)
+    config = json.loads((directory / "generation_config.json").read_text())
+    (directory / "generation_config.json").write_text(json.dumps({**config, "do_sample": True, "temperature": 5.0}))
+    model = qdora.load_model(directory, load_in_4bit=False, dtype="float32").train()
+    tokenizer = qdora.load_tokenizer(directory)
+    texts = ["The quick", "Question: How many apples are 12 and 30? Answer:", "count", "user and the assistant"]
+    asked = [Question(tokenizer(text).input_ids, "x", 6) for text in texts]
+    together = answer(model, tokenizer, asked, batch_size=3)
+    assert model.training
+    assert together == [answer(model, tokenizer, [question])[0] for question in asked]
+    ids = torch.tensor([asked[1].prompt])
+    tokens = model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=14, do_sample=False)
+    alone = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+    assert together[1] == alone.strip()
+
+
+@pytest.mark.parametrize(("answers", "right"), [(["a", "b"], 2), (["a", "B"], 1), (["", "b."], 0)])
+def test_matches(answers: list[str], right: int) -> None:
+    assert count_matches([Question([1, 2], "a", 1), Question([1, 2], "b", 1)], answers) == right

@@ -1,0 +1,85 @@
+"""Base, adapter and merged model side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import qdora
+from qdora import CheckpointError, DataError
+from qdora.evaluate import EvaluateReport, evaluate
+
+
+@pytest.fixture(scope="module")
+def merged(tiny_nf4: Path, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluate") / "merged"
+    qdora.merge(tiny_nf4, tiny_adapter, out, verify=False)
+    return out
+
+
+def run(model: Path, data: Path, **settings: object) -> EvaluateReport:
+    return evaluate(model, data, **{"device": "cpu", "dtype": "float32", **settings})  # type: ignore[arg-type]
+
+
+def test_side_by_side(tiny_nf4: Path, tiny_adapter: Path, merged: Path, pairs_file: Path, tmp_path: Path) -> None:
+    report = run(tiny_nf4, pairs_file, adapter=tiny_adapter, merged=merged, exact_match_rows=5)
+    base, adapter, plain = (report.models[name] for name in ("base", "adapter", "merged"))
+    assert adapter.loss == pytest.approx(plain.loss, abs=2e-3)
+    assert abs(base.loss - adapter.loss) > 0.02
+    assert base.perplexity == pytest.approx(math.exp(base.loss))
+    assert (report.answered, report.choice_questions) == (5, 0)
+    assert base.exact_match is not None
+    assert base.choice_accuracy is None
+    head = str(report).splitlines()[1]
+    assert head.split() == ["base", "adapter", "merged"]
+    report.write(tmp_path / "figures.json")
+    assert json.loads((tmp_path / "figures.json").read_text())["models"]["base"]["loss"] == base.loss
+
+
+def test_it_measures_what_training_improves(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    trained = qdora.train(
+        model_name_or_path=str(tiny_nf4),
+        dataset=str(pairs_file),
+        eval_dataset=str(pairs_file),
+        output_dir=str(tmp_path / "adapter"),
+        max_steps=12,
+        learning_rate=5e-3,
+        per_device_train_batch_size=8,
+        use_cpu=True,
+        dtype="float32",
+    )
+    assert trained is not None
+    report = run(tiny_nf4, pairs_file, adapter=tmp_path / "adapter", exact_match_rows=0)
+    assert report.models["adapter"].loss < 0.7 * report.models["base"].loss
+    assert report.models["adapter"].loss == pytest.approx(trained.eval_loss, rel=1e-4)
+
+
+def test_multiple_choice(tiny_nf4: Path, tmp_path: Path) -> None:
+    data = tmp_path / "choices.jsonl"
+    rows = [
+        {
+            "prompt": "Question: 1 and 2? Answer:",
+            "completion": " 3",
+            "choices": [" 3", " 4", " user assistant content"],
+        },
+        {
+            "prompt": "Question: 2 and 2? Answer:",
+            "completion": " 4",
+            "choices": [" 3", " 4", " user assistant content"],
+        },
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run(tiny_nf4, data, exact_match_rows=0)
+    assert report.choice_questions == 2
+    assert report.models["base"].choice_accuracy in (0.0, 0.5)  # it cannot find both without knowing how to add
+    assert "multiple choice of 2" in str(report)
+    with pytest.raises(DataError, match="do not fit in max_length"):
+        run(tiny_nf4, data, max_length=12)
+
+
+def test_mistakes(tiny_nf4: Path, pairs_file: Path) -> None:
+    with pytest.raises(CheckpointError, match="is in NF4, so it is no merged model"):
+        run(tiny_nf4, pairs_file, merged=tiny_nf4)
