@@ -2,7 +2,8 @@
 
 `PeftModel.from_pretrained` reads what is written here, and what PEFT wrote is read here. The file holds the full
 magnitude m = ‖W‖ + δ in fp32, under PEFT's name for it, which has no `.weight` at its end. In the file's metadata stand
-the facts that PEFT's config has no place for: whether the base was NF4, for `qdora merge` to know.
+the facts that PEFT's config has no place for: whether the base was NF4, for `qdora merge` to know, and the fingerprint
+of the files it was loaded from, for `qdora inspect` to compare.
 
 m in fp32 does not always give δ back to the last bit: next to a norm of 1, fp32 is spaced 6e-8. A trainer that goes on
 from a checkpoint must not notice, so checkpoints (not final adapters) carry δ itself as well, in `OFFSETS_FILE`.
@@ -99,6 +100,9 @@ class AdapterFile:
     base_kind: str | None
     """What that base was: `dense`; `nf4`, as `quantize` makes it unless told otherwise; or `nf4-custom`. None if the
     file does not say (PEFT's do not)."""
+    base_hash: str | None = None
+    """`shards.fingerprint` of the files that the base was loaded from; None if the file does not say. A 16-bit model
+    that was quantized while it was loaded has the hash of the 16-bit files."""
 
 
 def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False, write: bool = True) -> None:
@@ -128,7 +132,7 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False,
         return
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "qdora_base": _kind_of_base(model)}
+    metadata = {"format": "pt", "qdora_base": _kind_of_base(model), **_hash_of_base(model)}
     targets = _target_names(config, list(layers), linear_paths(model))
     (directory / OFFSETS_FILE).unlink(missing_ok=True)  # an earlier adapter's
     _replace_file(directory / WEIGHTS_FILE, tensors, metadata)
@@ -197,7 +201,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
     }
     in_bf16 = all(linear.A.dtype == torch.bfloat16 for linear in linears.values())
     config = replace(config, dtype="bfloat16" if in_bf16 else "float32")
-    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), metadata.get("qdora_base"))
+    kind, base_hash = metadata.get("qdora_base"), metadata.get("qdora_base_hash")
+    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), kind, base_hash)
 
 
 def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, Tensor]]:
@@ -278,6 +283,12 @@ def _kind_of_base(model: nn.Module) -> str:
         return "dense"
     usual = all(packed) and all(base.nested_absmax is not None and base.blocksize == BLOCKSIZE for base in bases)
     return "nf4" if usual and getattr(model.config, "dtype", None) == torch.bfloat16 else "nf4-custom"
+
+
+def _hash_of_base(model: nn.Module) -> dict[str, str]:
+    """What `load_model` left on the model; nothing if it was made in another way."""
+    found = getattr(model, "qdora_base_hash", None)
+    return {"qdora_base_hash": found} if isinstance(found, str) else {}
 
 
 def _read_offsets(directory: Path) -> dict[str, Tensor]:

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qdora.base import BaseWeight
+from qdora.baseweights import StoredBase
 from qdora.checkpoint import AdapterFile, LinearAdapter, read_adapter
-from qdora.dense import DenseWeight
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError, NumericsError
-from qdora.model import Linears, compute_dtype, is_nf4_checkpoint, load_tokenizer, model_linears
-from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4
+from qdora.model import compute_dtype, is_nf4_checkpoint, load_tokenizer
 from qdora.output import check_output, new_directory, write_json
-from qdora.shards import ShardReader, ShardWriter, format_bytes, parse_size
+from qdora.shards import ShardWriter, format_bytes, parse_size
 from qdora.sources import copy_side_files, local_model
 from qdora.verify import Comparison, compare, fits_in_memory
 
@@ -93,17 +93,15 @@ def merge(
     source, file = local_model(base), read_adapter(adapter)
     packed = is_nf4_checkpoint(source, trust_remote_code)
     through_nf4 = not packed and not onto_original and _was_nf4(file, base)
-    reader, linears = ShardReader(source), model_linears(source, (), trust_remote_code)
-    _check_belongs(file, linears, reader)
+    stored = StoredBase(source, through_nf4, trust_remote_code)
+    stored.adapted_keys(file)  # raises if they do not belong together
     with new_directory(out, overwrite) as directory:
         with ShardWriter(directory, shard_bytes) as writer:
-            weights = [key for key in reader if not is_nf4_key(key)]
-            for key in _progress(weights):
-                weight = _merged(key, reader, linears, file, through_nf4)
-                writer.add(key, _finite(key, weight, out_dtype))
+            for key in _progress(stored.keys()):
+                writer.add(key, _finite(key, _merged(key, stored, file), out_dtype))
         report = MergeReport(
             out=Path(out),
-            base="nf4" if packed else "16-bit rounded through nf4" if through_nf4 else "16-bit",
+            base=stored.kind,
             dtype=dtype,
             merged_linears=len(file.linears),
             bytes_written=writer.total_bytes,
@@ -112,7 +110,9 @@ def merge(
         _write_config(source, directory, dtype)
         copy_side_files(source, directory)
         # The comparison comes before the result gets its name: what fails it is not left behind as a success.
-        report.not_compared = _reason_against(verify, fits_in_memory(reader, linears), directory, trust_remote_code)
+        report.not_compared = _reason_against(
+            verify, fits_in_memory(stored.reader, stored.linears), directory, trust_remote_code
+        )
         if not report.not_compared:
             report.comparison = compare(
                 source, adapter, directory, load_in_4bit=packed or through_nf4, trust_remote_code=trust_remote_code
@@ -146,30 +146,16 @@ def _reason_against(verify: bool | None, fits: bool, directory: Path, trust_remo
     return ""
 
 
-def _merged(key: str, reader: ShardReader, linears: Linears, file: AdapterFile, through_nf4: bool) -> Tensor:
+def _merged(key: str, stored: StoredBase, file: AdapterFile) -> Tensor:
     """One tensor of the output, in fp32 if arithmetic was needed, else as it was."""
-    path = linears.find(key)
-    tensor = reader.get(key)
-    states = [part for part in reader if part.startswith(f"{key}.") and is_nf4_key(part)]
-    if path is None:  # the head may be packed too, by another tool than ours
-        return NF4Weight.from_tensors(_parts(key, tensor, states, reader)).dequantize() if states else tensor
-    transposed = linears.transposed[path]
-    weight: NF4Weight | DenseWeight
-    if states:
-        weight = NF4Weight.from_tensors(_parts(key, tensor, states, reader))
-    else:
-        matrix = tensor.t().contiguous() if transposed else tensor
-        through_nf4 &= linears.quantizes(path)
-        weight = NF4Weight.from_tensors(quantize_nf4(matrix.bfloat16())) if through_nf4 else DenseWeight(matrix)
-    merged = merged_weight(weight, file.linears.get(path))
-    return merged.t() if transposed else merged
+    path = stored.linears.find(key)
+    if path is None:
+        return stored.plain(key)
+    merged = merged_weight(stored.weight(key), file.linears.get(path))
+    return merged.t() if stored.linears.transposed[path] else merged
 
 
-def _parts(key: str, packed: Tensor, states: list[str], reader: ShardReader) -> dict[str, Tensor]:
-    return {"": packed} | {part[len(key) + 1 :]: reader.get(part) for part in states}
-
-
-def merged_weight(weight: NF4Weight | DenseWeight, adapter: LinearAdapter | None) -> Tensor:
+def merged_weight(weight: BaseWeight, adapter: LinearAdapter | None) -> Tensor:
     """W', or W where there is no adapter, (out_features, in_features) fp32, computed a tile at a time."""
     whole = torch.empty(weight.out_features, weight.in_features)
     for rows, tile in weight.tiles(torch.float32):
@@ -193,18 +179,6 @@ def _finite(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             else f"{key} holds values that are not finite; the base or the adapter is damaged"
         )
     return cast
-
-
-def _check_belongs(file: AdapterFile, linears: Linears, reader: ShardReader) -> None:
-    found = {linears.find(key) for key in reader}
-    for path, adapter in file.linears.items():
-        if path not in found:
-            raise CheckpointError(
-                f"the adapter is for another model: it adapts {path!r}, which is not a linear of this base"
-                + (f"; it was made for {file.base_model!r}" if file.base_model else "")
-            )
-        out_features, in_features = linears.shapes[path]
-        adapter.check_shape(path, out_features, in_features, file.base_model)
 
 
 def _write_config(source: Path, directory: Path, dtype: str) -> None:

@@ -35,15 +35,18 @@ from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
 from qdora.nf4 import NF4Weight
 from qdora.offload import keep_embedding_on_host
 from qdora.sharding import Sharding, attach_and_shard
-from qdora.shards import ShardReader
+from qdora.shards import ShardReader, fingerprint
 from qdora.sources import local_model, quietly
 
 __all__ = [
     "Linears",
+    "ModelFacts",
     "compute_dtype",
+    "context_of",
     "hollow_model",
     "load_model",
     "load_tokenizer",
+    "model_facts",
     "model_linears",
     "nf4_config",
 ]
@@ -78,7 +81,8 @@ def load_model(
         trust_remote_code: let a model run Python code of its own. Off unless you trust where it comes from.
 
     Returns:
-        A transformers model; with an adapter, exactly the adapter's parameters require gradients.
+        A transformers model; with an adapter, exactly the adapter's parameters require gradients. Its
+        `qdora_base_hash` is the fingerprint of the files, which `save_adapter` records.
 
     Raises:
         CheckpointError: not a model, damaged, or the adapter is for another one.
@@ -89,7 +93,7 @@ def load_model(
         raise ConfigError("a sharded model takes fresh adapters, and neither stream_base nor embedding_on_host")
     config = _load_config(source, trust_remote_code)
     packed = _check_quantization(config, source)
-    ShardReader(source)  # finds damaged files, and says so better than the loading below
+    reader = ShardReader(source)  # finds damaged files, and says so better than the loading below
     quantization = None if packed or not load_in_4bit else nf4_config(compute_dtype(dtype))
     with quietly():
         try:
@@ -118,6 +122,7 @@ def load_model(
     if embedding_on_host:
         keep_embedding_on_host(model, place)
     model.config._name_or_path = str(path)
+    model.qdora_base_hash = fingerprint(reader)
     if sharding is None:
         model.to(place)
     if isinstance(adapter, AdapterConfig):
@@ -131,14 +136,45 @@ def load_model(
     return model
 
 
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's config says."""
+
+    context: int | None
+    """How many tokens it takes."""
+    in_nf4: bool
+
+
+def model_facts(path: str | Path, trust_remote_code: bool = False) -> ModelFacts:
+    """From the config alone; of a Hub id nothing else is fetched.
+
+    Raises:
+        CheckpointError: no model, or quantized otherwise than in NF4.
+    """
+    config = _load_config(path, trust_remote_code)
+    return ModelFacts(context_of(config), _check_quantization(config, path))
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    """How many tokens a model takes, if its config says so."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def load_tokenizer(
+    path: str | Path, trust_remote_code: bool = False, fetch_weights: bool = True
+) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
+
+    Args:
+        fetch_weights: False fetches nothing but the tokenizer of a Hub id.
 
     Raises:
         CheckpointError: there is none that can be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_model(path), trust_remote_code=trust_remote_code)
+        source = local_model(path) if fetch_weights or Path(path).exists() else str(path)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except CheckpointError:
         raise
     except Exception as error:

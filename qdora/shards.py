@@ -5,15 +5,23 @@ safetensors file keeps every page that was touched mapped, and a 5 GB shard woul
 one output shard. Neither ever holds the model.
 
 Only safetensors is read. Pickled weights run code when they are opened.
+
+The fingerprint. An adapter means nothing on other weights than its own, and names and configs do not tell weights
+apart. A hash of every byte would, but reading 40 GB takes minutes. So the hash covers all names, dtypes and shapes,
+small tensors whole, and of a large one windows spread over its length. Training, quantizing, merging or rounding
+changes nearly every value of a tensor, and shows in every window; a few values changed between the windows, by accident
+or on purpose, do not show. It tells which weights these are, not whether they are intact or to be trusted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,10 +29,11 @@ from torch import Tensor
 
 from qdora.errors import CheckpointError, ConfigError
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "ShardReader", "ShardWriter", "format_bytes", "parse_size"]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "ShardReader", "ShardWriter", "fingerprint", "format_bytes", "parse_size"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_WINDOWS, _WINDOW_BYTES = 16, 4096
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -123,6 +132,62 @@ class ShardReader:
                 return file.get_tensor(key).clone()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {key!r} from {self._file_of[key]}: {error}") from None
+
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted(set(self._file_of.values()))
+
+
+def fingerprint(reader: ShardReader) -> str:
+    """SHA-256 over the model's tensors, as 64 hex digits: a name for these weights, whatever shards they lie in.
+
+    Covers each tensor's name, dtype and shape and its bytes, in the order of the names: all of them up to 64 KiB,
+    otherwise 16 windows of 4 KiB from its start to its end. See the top of this file for what that can tell.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    places = {key: place for file in reader.files() for key, place in _places(file).items()}
+    for key, (file, entry, start, stop) in sorted(places.items()):
+        # JSON between newlines: no two models have the same description.
+        digest.update(f"{json.dumps([key, entry['dtype'], entry['shape']])}\n".encode())
+        try:
+            with file.open("rb") as content:
+                for offset, count in _windows(stop - start):
+                    content.seek(start + offset)
+                    digest.update(content.read(count))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {key!r} from {file}: {error}") from None
+    return digest.hexdigest()
+
+
+def _places(path: Path) -> dict[str, tuple[Path, dict[str, Any], int, int]]:
+    """For each tensor of a file, which a `ShardReader` has checked: its header entry, and where its bytes are.
+
+    The layout of safetensors: 8 bytes with the length of the header, the header in JSON, the tensors' bytes.
+    """
+    try:
+        with path.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(length))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error}); download or write it again") from None
+    header.pop("__metadata__", None)
+    begin = 8 + length
+    return {
+        key: (path, entry, begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
+        for key, entry in header.items()
+    }
+
+
+def _windows(size: int) -> Iterator[tuple[int, int]]:
+    """(offset, count) of what is hashed of a tensor of so many bytes."""
+    if size <= _WINDOWS * _WINDOW_BYTES:
+        yield 0, size
+        return
+    for number in range(_WINDOWS):
+        yield number * (size - _WINDOW_BYTES) // (_WINDOWS - 1), _WINDOW_BYTES
 
 
 class ShardWriter:

@@ -21,6 +21,7 @@ import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
 from qdora.checkpoint import CONFIG_FILE, OFFSETS_FILE, WEIGHTS_FILE, read_adapter
 from qdora.inject import adapted_linears, linear_paths
+from qdora.shards import ShardReader, fingerprint
 from tests.conftest import disturb
 
 IDS = torch.arange(3, 43)[None]
@@ -251,3 +252,27 @@ def test_the_kind_of_base_is_recorded(tiny: Path, tiny_nf4: Path, tmp_path: Path
         model = qdora.load_model(base, adapter=AdapterConfig(rank=2), load_in_4bit=load_in_4bit)
         qdora.save_adapter(model, tmp_path / "a")
         assert read_adapter(tmp_path / "a").base_kind == kind
+
+
+def test_the_fingerprint_of_the_base_is_recorded(tiny: Path, tiny_nf4: Path, tmp_path: Path) -> None:
+    for base, settings in [
+        (tiny_nf4, {}),
+        (tiny, {}),
+        (tiny, {"load_in_4bit": False}),
+        (tiny_nf4, {"stream_base": True, "embedding_on_host": False}),
+    ]:
+        model = qdora.load_model(base, adapter=AdapterConfig(rank=2), **settings)
+        qdora.save_adapter(model, tmp_path / "a")
+        assert read_adapter(tmp_path / "a").base_hash == model.qdora_base_hash == fingerprint(ShardReader(base))
+    assert fingerprint(ShardReader(tiny)) != fingerprint(ShardReader(tiny_nf4))
+    again = qdora.load_model(tiny_nf4, adapter=tmp_path / "a")
+    qdora.save_adapter(again, tmp_path / "b")
+    assert read_adapter(tmp_path / "b").base_hash == fingerprint(ShardReader(tiny_nf4))
+
+
+def test_an_adapter_without_a_fingerprint(tiny_nf4: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=2))
+    del model.qdora_base_hash
+    qdora.save_adapter(model, tmp_path)
+    assert read_adapter(tmp_path).base_hash is None
+    assert read_adapter(tmp_path).base_kind == "nf4"

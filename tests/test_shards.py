@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qdora.errors import CheckpointError, ConfigError
-from qdora.shards import INDEX_FILE, SINGLE_FILE, ShardReader, ShardWriter, format_bytes, parse_size
+from qdora.shards import INDEX_FILE, SINGLE_FILE, ShardReader, ShardWriter, fingerprint, format_bytes, parse_size
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -89,6 +90,60 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
     with pytest.raises(CheckpointError, match="'a' stands in both"):
         ShardReader(tmp_path)
+
+
+def stored(directory: Path, content: dict[str, torch.Tensor], size: int = 10**9) -> str:
+    directory.mkdir()
+    with ShardWriter(directory, size) as writer:
+        for key, tensor in content.items():
+            writer.add(key, tensor)
+    return fingerprint(ShardReader(directory))
+
+
+def test_a_fingerprint_names_the_weights_and_not_their_files(tmp_path: Path) -> None:
+    content = {**tensors(), "large": torch.randn(300, 200), "none": torch.zeros(0, 3), "scalar": torch.tensor(2.0)}
+    original = stored(tmp_path / "one", content)
+    assert len(original) == 64
+    assert original == stored(tmp_path / "sharded", content, 500)
+    assert original == stored(tmp_path / "backwards", dict(reversed(content.items())), 2000)
+    save_file(content, tmp_path / "one" / SINGLE_FILE, metadata={"format": "pt", "other": "header"})
+    assert original == fingerprint(ShardReader(tmp_path / "one"))
+
+
+def test_a_fingerprint_by_its_definition(tmp_path: Path) -> None:
+    small, large = torch.arange(6, dtype=torch.int16).view(2, 3), torch.arange(20_000, dtype=torch.int32)
+    raw = large.numpy().tobytes()
+    starts = [round_down * (len(raw) - 4096) // 15 for round_down in range(16)]
+    expected = b'["a", "I16", [2, 3]]\n' + small.numpy().tobytes() + b'["b", "I32", [20000]]\n'
+    expected += b"".join(raw[start : start + 4096] for start in starts)
+    assert (starts[0], starts[-1]) == (0, len(raw) - 4096)
+    assert stored(tmp_path / "m", {"b": large, "a": small}) == hashlib.sha256(expected).hexdigest()
+
+
+def test_what_a_fingerprint_can_tell(tmp_path: Path) -> None:
+    large = torch.randn(300, 200)
+    content = {**tensors(), "large": large}
+    one_value, first, last, between = (tensor.clone() for tensor in (content["t3"], large, large, large))
+    one_value[9, 9] += 1
+    first[0, 0] += 1
+    last[-1, -1] += 1
+    between.view(-1)[1024 + 50] += 1  # after the first window of 4 KiB, before the second
+    changed = {
+        "a value of a small tensor": {**content, "t3": one_value},
+        "the first value of a large one": {**content, "large": first},
+        "the last": {**content, "large": last},
+        "a large one, a little everywhere": {**content, "large": large * (1 + 1e-6)},
+        "a shape": {**content, "large": large.view(200, 300)},
+        "a dtype": {**content, "t0": content["t0"].view(torch.int32)},
+        "a name": {("large2" if key == "large" else key): value for key, value in content.items()},
+        "one more": {**content, "more": torch.zeros(0)},
+        "two exchanged": {**content, "t0": content["t2"], "t2": content["t0"]},
+    }
+    original = stored(tmp_path / "original", content)
+    hashes = {what: stored(tmp_path / what.replace(" ", "-"), other) for what, other in changed.items()}
+    assert len({original, *hashes.values()}) == len(changed) + 1
+    # What it cannot tell, as its description says.
+    assert original == stored(tmp_path / "between", {**content, "large": between})
 
 
 def test_sizes() -> None:

@@ -1,0 +1,87 @@
+"""The base's weights out of its files, one at a time, as the adapter met them in training.
+
+Without building the model, so that memory is bounded by the largest tensor: `merge` and `inspect` read a base this way.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qdora.checkpoint import AdapterFile
+from qdora.dense import DenseWeight
+from qdora.errors import CheckpointError
+from qdora.model import is_nf4_checkpoint, model_linears
+from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4
+from qdora.shards import ShardReader
+
+__all__ = ["StoredBase"]
+
+
+class StoredBase:
+    """A base model's directory, read a weight at a time.
+
+    Args:
+        directory: an NF4 checkpoint or a 16-bit model.
+        through_nf4: round the linears of a 16-bit model through NF4, as training does when it loads one in 4 bits.
+
+    Raises:
+        CheckpointError: no model, damaged, or quantized in another way.
+    """
+
+    def __init__(self, directory: Path, through_nf4: bool = False, trust_remote_code: bool = False) -> None:
+        self.is_nf4 = is_nf4_checkpoint(directory, trust_remote_code)
+        self.through_nf4 = through_nf4 and not self.is_nf4
+        self.reader = ShardReader(directory)
+        self.linears = model_linears(directory, (), trust_remote_code)
+        self._states: dict[str, list[str]] = {}
+        for key in filter(is_nf4_key, self.reader):
+            self._states.setdefault(f"{key.rpartition('.weight.')[0]}.weight", []).append(key)
+
+    @property
+    def kind(self) -> str:
+        """`nf4`, `16-bit rounded through nf4` or `16-bit`: what `weight` returns."""
+        return "nf4" if self.is_nf4 else "16-bit rounded through nf4" if self.through_nf4 else "16-bit"
+
+    def keys(self) -> list[str]:
+        """Of all tensors, without those that describe how another one is packed."""
+        return [key for key in self.reader if not is_nf4_key(key)]
+
+    def adapted_keys(self, file: AdapterFile) -> dict[str, str]:
+        """Path → key of the weight, for each linear that the adapter adapts, in the model's order.
+
+        Raises:
+            CheckpointError: the adapter is for another model.
+        """
+        keys = {path: key for key in self.reader if (path := self.linears.find(key)) is not None}
+        for path, adapter in file.linears.items():
+            if path not in keys:
+                raise CheckpointError(
+                    f"the adapter is for another model: it adapts {path!r}, which is not a linear of this base"
+                    + (f"; it was made for {file.base_model!r}" if file.base_model else "")
+                )
+            out_features, in_features = self.linears.shapes[path]
+            adapter.check_shape(path, out_features, in_features, file.base_model)
+        return {path: keys[path] for path in self.linears.shapes if path in file.linears}
+
+    def weight(self, key: str) -> NF4Weight | DenseWeight:
+        """The weight of a linear, (out_features, in_features) whichever way it is stored."""
+        path, tensor = self.linears.find(key), self.reader.get(key)
+        assert path is not None
+        if key in self._states:
+            return self._unpacked(key, tensor)
+        matrix = tensor.t().contiguous() if self.linears.transposed[path] else tensor
+        if self.through_nf4 and self.linears.quantizes(path):
+            return NF4Weight.from_tensors(quantize_nf4(matrix.bfloat16()))
+        return DenseWeight(matrix)
+
+    def plain(self, key: str) -> Tensor:
+        """Any other tensor, as it is stored; a head that another tool packed comes unpacked, in fp32."""
+        tensor = self.reader.get(key)
+        return self._unpacked(key, tensor).dequantize(torch.float32) if key in self._states else tensor
+
+    def _unpacked(self, key: str, packed: Tensor) -> NF4Weight:
+        states = {part[len(key) + 1 :]: self.reader.get(part) for part in self._states[key]}
+        return NF4Weight.from_tensors({"": packed, **states})
