@@ -24,7 +24,7 @@ from qdora.data import EncodedData, encode
 from qdora.errors import CheckpointError, DataError
 from qdora.inject import adapted_linears, adapters_disabled
 from qdora.measure import padded_batches, row_likelihoods, score
-from qdora.model import is_nf4_checkpoint, load_model, load_tokenizer
+from qdora.model import context_of, is_nf4_checkpoint, load_model, load_tokenizer
 from qdora.output import replace_text
 from qdora.rows import read_rows
 from qdora.scoring import ScoredModel
@@ -153,7 +153,7 @@ def evaluate(
     loaded = load_model(
         model, adapter, load_in_4bit=in_4bit, stream_base=stream_base, embedding_on_host=embedding_on_host, **settings
     )
-    limit = _context(loaded)
+    limit = context_of(loaded.config)
     length = min(filter(None, (max_length, limit)), default=None)
     data = encode(rows, tokenizer, length, dataset, loss_on_all, _bar("tokenize", "rows"))
     whole = encode(rows[:exact_match_rows], tokenizer, None, dataset) if exact_match_rows else None
@@ -214,12 +214,6 @@ def _check_variants(variants: Sequence[EncodedData], chosen: Sequence[Choice], d
             raise DataError(
                 f"{dataset}, row {number}: its choices do not fit in max_length; raise it or leave the row out"
             )
-
-
-def _context(model: Any) -> int | None:
-    """How many tokens the model takes."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _bar(what: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:

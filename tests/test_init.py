@@ -1,0 +1,74 @@
+"""A config that was made for the data at hand, and that trains."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import qdora
+from qdora import ConfigError
+from qdora.arguments import parse_train
+from qdora.init import init
+
+
+def test_it_is_made_for_model_and_data(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    report = init(tiny_nf4, pairs_file, out=tmp_path / "run.yaml")
+    page = (tmp_path / "run.yaml").read_text()
+    settings = yaml.safe_load(page)
+    assert settings == {**report.settings, "learning_rate": 2e-4}
+    assert settings["max_length"] == 64
+    assert "48 rows in the prompt/completion layout" in page
+    assert "99% at most" in page
+    assert "quantized to NF4 each time" not in page
+    run, training = parse_train([str(tmp_path / "run.yaml")])
+    assert (run.early_stopping_patience, training.warmup_steps, training.load_best_model_at_end) == (3, 0.03, True)
+
+
+def test_what_it_writes_trains(tiny: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "16-bit" not in str(init(tiny, pairs_file, memory="1GB", use_cpu=True))
+    page = Path("qdora.yaml").read_text()
+    assert f"# `qdora quantize {tiny} BASE` does that once" in page
+    assert "#     base weights" in page
+    report = qdora.train("qdora.yaml", max_steps=2, use_cpu=True)
+    assert report is not None
+    assert report.output_dir == Path("pairs-adapter")
+
+
+def test_a_small_memory_changes_the_plan(tiny_nf4: Path, tmp_path: Path) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text((json.dumps({"text": "The quick brown fox jumps " * 90}) + "\n") * 20)
+    wide = init(tiny_nf4, data, memory="1GB", use_cpu=True, out=tmp_path / "wide.yaml").settings
+    peak = re.search(r"# +peak +([\d.]+) MB", (tmp_path / "wide.yaml").read_text())
+    assert peak is not None
+    memory = f"{0.9 * float(peak[1]):.2f}MB"
+    narrow = init(tiny_nf4, data, memory=memory, use_cpu=True, out=tmp_path / "narrow.yaml").settings
+    assert wide["per_device_train_batch_size"] == 4
+    assert narrow.items() - {**wide, "learning_rate": "2e-4"}.items()
+    parse_train([str(tmp_path / "narrow.yaml")])
+
+
+def test_a_handful_of_rows_and_long_ones(tiny_nf4: Path, tmp_path: Path) -> None:
+    data = tmp_path / "few.jsonl"
+    data.write_text((json.dumps({"text": "The quick brown fox jumps " * 500}) + "\n") * 4)
+    settings = init(tiny_nf4, data, out=tmp_path / "run.yaml").settings
+    assert settings["max_length"] == 512  # what the model takes
+    assert "validation_split_percentage" not in settings
+    parse_train([str(tmp_path / "run.yaml")])
+
+
+def test_mistakes(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.yaml").write_text("mine")
+    with pytest.raises(ConfigError, match=r"there\.yaml is there already"):
+        init(tiny_nf4, pairs_file, out=tmp_path / "there.yaml")
+    assert (tmp_path / "there.yaml").read_text() == "mine"
+    init(tiny_nf4, pairs_file, out=tmp_path / "there.yaml", overwrite=True)
+    with pytest.raises(ConfigError, match="no directory"):
+        init(tiny_nf4, pairs_file, out=tmp_path / "absent" / "run.yaml")
+    with pytest.raises(ConfigError, match="nothing fits in 10 kB"):
+        init(tiny_nf4, pairs_file, memory="10kB", use_cpu=True, out=tmp_path / "small.yaml")
+    assert not (tmp_path / "small.yaml").exists()
