@@ -5,17 +5,34 @@ from __future__ import annotations
 import re
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
+from transformers.integrations import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+    is_azureml_available,
+    is_flytekit_available,
+)
 
 from qdora.errors import CheckpointError, ConfigError, reason
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.model import is_nf4_checkpoint
 from qdora.sources import local_model
 
-__all__ = ["check_original", "check_place", "check_sharded", "check_unused", "checkpoint_to_resume"]
+__all__ = ["check_original", "check_place", "check_sharded", "check_trackers", "check_unused", "checkpoint_to_resume"]
+
+# Of trackers that are not called as their packages are.
+_TRACKER_PACKAGES = {
+    "azure_ml": "azureml-core",
+    "comet_ml": "comet-ml",
+    "dagshub": "dagshub mlflow",
+    "flyte": "flytekit",
+}
+# Without which transformers takes them for missing.
+_TRACKER_SETTINGS = {"comet_ml": "COMET_API_KEY", "kubeflow": "KUBEFLOW_TRAINER_SERVER_URL"}
 
 
 def check_original(run: RunArguments, trust_remote_code: bool) -> None:
@@ -48,6 +65,33 @@ def check_sharded(run: RunArguments, training: Any) -> None:
         raise ConfigError("--fp16 scales the loss, which --fsdp does not support; use --dtype bfloat16")
     if training.optim not in OWN_OPTIMIZERS:
         raise ConfigError(f"--optim {training.optim} does not know shards; with --fsdp use adamw_torch")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """That the trackers of `--report_to` exist and are installed; the trainer would look once the model is loaded.
+
+    Args:
+        names: as transformers leaves them in its settings, with `all` and `none` resolved.
+    """
+    available = _available_trackers()
+    for name in names:
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            raise ConfigError(f"--report_to: {reason(error)}") from None
+        if name not in available:
+            package = _TRACKER_PACKAGES.get(name, name)
+            also = _TRACKER_SETTINGS.get(name)
+            raise ConfigError(
+                f"--report_to {name} needs the package {package}: pip install {package}"
+                + (f", and {also} in the environment" if also else "")
+            )
+
+
+def _available_trackers() -> set[str]:
+    # transformers' own list knows nothing of flyte, and leaves out azure_ml where there is mlflow.
+    others = {"flyte": is_flytekit_available(), "azure_ml": is_azureml_available()}
+    return {*get_available_reporting_integrations(), *(name for name, is_there in others.items() if is_there)}
 
 
 def check_place(output_dir: Path) -> None:

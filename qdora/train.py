@@ -32,7 +32,7 @@ from qdora.model import load_model, load_tokenizer, trainable_parameters
 from qdora.optimizer import CompensatedAdamW
 from qdora.packing import settle_packing, splits_rows
 from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
-from qdora.preflight import check_original, check_place, check_sharded, check_unused, checkpoint_to_resume
+from qdora.preflight import check_original, check_place, check_sharded, check_trackers, check_unused, checkpoint_to_resume
 from qdora.progress import memory_bytes
 from qdora.report import LOG_FILE, REPORT_FILE, Group, RunFacts, write_log, write_report
 from qdora.residual import begin_with_residual
@@ -97,6 +97,7 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     sharding = take_sharding(training)
     output_dir = Path(training.output_dir)
     check_place(output_dir)
+    check_trackers(training.report_to)
     resume = checkpoint_to_resume(training, output_dir)
     if resume is None:
         check_unused(output_dir, run.overwrite_output_dir)
