@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from qdora.data import EncodedData
+from qdora.generation import end_tokens, generating_by, place_of
 from qdora.loss import IGNORED
 
 __all__ = ["Question", "answer", "count_matches", "questions"]
@@ -82,21 +83,13 @@ def _batch(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]:
     for row, question in enumerate(asked):
         ids[row, length - len(question.prompt) :] = torch.tensor(question.prompt)
         mask[row, length - len(question.prompt) :] = 1
-    # A config of our own, for the model's may ask for sampling or for penalties.
     config = GenerationConfig(
         max_new_tokens=max(question.tokens for question in asked) + _SPARE_TOKENS,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=end_tokens(model, tokenizer),
     )
-    tokens = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-    )
+    ids, mask = ids.to(place_of(model)), mask.to(place_of(model))
+    with generating_by(model, config):
+        tokens = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [text.strip() for text in tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)]
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, and those the model's own config names."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    own = own if isinstance(own, list) else [own]
-    return sorted({token for token in [*own, tokenizer.eos_token_id] if token is not None})

@@ -24,7 +24,7 @@ from qdora.groups import Rates
 from qdora.nearest import did_you_mean, nearest
 from qdora.shards import parse_size
 
-__all__ = ["adapter_config", "flags_of", "parse_estimate", "parse_train", "rates"]
+__all__ = ["adapter_config", "all_flags", "flag_parser", "flags_of", "parse_estimate", "parse_train", "rates"]
 
 _CHOICES = {
     "dtype": ("bfloat16", "float16", "float32"),
@@ -44,10 +44,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     Raises:
         ConfigError: an unknown name (the nearest one is suggested), a bad value, a missing one.
     """
-    from trl import SFTConfig
-
-    parser = _Parser((RunArguments, SFTConfig), add_help=False, allow_abbrev=False, prog="qdora train")
-    parser.set_defaults(**DEFAULTS)
+    parser = flag_parser("train")
     flags = list(arguments)
     if flags and not flags[0].startswith("-"):
         flags = flags_of(_read_yaml(flags[0])) + flags[1:]
@@ -206,16 +203,34 @@ class _Parser(HfArgumentParser):
     """Raises where argparse would print and exit."""
 
     def error(self, message: str) -> Any:
-        raise ConfigError(message)
+        raise ConfigError(_in_our_words(message))
 
 
-def common_flags() -> str:
-    """Our own flags and the training flags most used, for `qdora train --help`."""
-    lines = []
-    for item in dataclasses.fields(RunArguments):
-        default = "" if item.default is dataclasses.MISSING else f" [{item.default}]"
-        lines.append(f"  --{item.name:<28} {item.metadata['help']}{default}")
-    return "\n".join(lines)
+def _in_our_words(message: str) -> str:
+    """argparse's complaint about a value that is not among the choices, with the nearest of them instead of all."""
+    found = re.fullmatch(r"argument (--\w+)\S*: invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
+    if found is None:
+        return message
+    flag, value, choices = found.groups()
+    known = [choice.strip("' ") for choice in choices.split(",")]
+    return f"{flag} knows no {value!r}{did_you_mean(value, known) or '; it knows ' + ', '.join(known)}"
+
+
+def flag_parser(verb: str) -> HfArgumentParser:
+    """Our flags and all of TRL's `SFTConfig`, as argparse knows them."""
+    from trl import SFTConfig
+
+    parser = _Parser((RunArguments, SFTConfig), add_help=False, allow_abbrev=False, prog=f"qdora {verb}")
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def all_flags(verb: str) -> str:
+    """Every flag there is, for `--help_all`."""
+    first = "MODEL" if verb == "estimate" else "[CONFIG.yaml]"
+    parser = flag_parser(verb)
+    parser.usage = f"qdora {verb} {first} [--flag value ...]"
+    return parser.format_help().rstrip()
 
 
 def _read_yaml(name: str) -> Mapping[str, Any]:
@@ -249,7 +264,7 @@ def _with_bare_fsdp(flags: Sequence[str]) -> list[str]:
         value = flag.partition("=")[2].lower() if flag.startswith("--fsdp=") else flag.lower()
         asked = flag.startswith("--fsdp=") or plain[-1:] == ["--fsdp"]
         if asked and value in ("true", "false"):
-            plain = [*(plain[:-1] if plain[-1:] == ["--fsdp"] else plain), *(["--fsdp"] if value == "true" else [])]
+            plain = [flag for flag in plain if flag != "--fsdp"] + ["--fsdp"] * (value == "true")
         else:
             plain.append(flag)
     return plain

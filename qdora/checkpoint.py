@@ -104,6 +104,22 @@ class AdapterFile:
     """`shards.fingerprint` of the files that the base was loaded from; None if the file does not say. A 16-bit model
     that was quantized while it was loaded has the hash of the 16-bit files."""
 
+    def rounds(self, model: str | Path, otherwise: str) -> bool:
+        """Whether a 16-bit model must be rounded to NF4 to be what the adapter was trained on.
+
+        Args:
+            otherwise: what else can be done if that is not possible, to end the error's sentence.
+
+        Raises:
+            CheckpointError: it was trained on NF4 weights that cannot be made anew from that model.
+        """
+        if self.base_kind == "nf4-custom":
+            raise CheckpointError(
+                f"the adapter was trained on NF4 weights that were not quantized in the usual way, and {model} is "
+                f"16-bit; name the NF4 checkpoint it was trained on ({self.base_model}), or {otherwise}"
+            )
+        return self.base_kind == "nf4"
+
 
 def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False, write: bool = True) -> None:
     """Write the model's adapters to the directory `out`, which is made if need be.

@@ -15,6 +15,7 @@ from qdora.config import AdapterConfig
 from qdora.dense import DenseWeight
 from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import CheckpointError, ConfigError
+from qdora.nearest import did_you_mean
 from qdora.nf4 import NF4Weight, is_packed_linear
 
 __all__ = [
@@ -115,7 +116,11 @@ def prepare_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     targets = [path for path in paths if config.targets(path)]
     if not targets:
         names = sorted({path.rpartition(".")[2] for path in paths})
-        raise ConfigError(f"target_modules {config.target_modules!r} matches no linear; there are {', '.join(names)}")
+        asked = config.target_modules if isinstance(config.target_modules, str) else config.target_modules[0]
+        raise ConfigError(
+            f"target_modules {config.target_modules!r} matches no linear (there are {', '.join(names)})"
+            f"{did_you_mean(asked, names)}"
+        )
     if not isinstance(config.target_modules, str):
         _check_each_is_found(config.target_modules, targets, paths)
     model.requires_grad_(False)
@@ -184,4 +189,6 @@ def _check_each_is_found(names: tuple[str, ...], targets: list[str], paths: list
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path in targets):
             known = sorted({path.rpartition(".")[2] for path in paths})
-            raise ConfigError(f"target module {name!r} matches no linear; there are {', '.join(known)}")
+            raise ConfigError(
+                f"target module {name!r} matches no linear (there are {', '.join(known)}){did_you_mean(name, known)}"
+            )

@@ -10,10 +10,13 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from qdora.errors import NumericsError
-from qdora.model import Linears, load_model, load_tokenizer
+from qdora.generation import generating_by
+from qdora.model import Linears, load_model
 from qdora.shards import ShardReader
+from qdora.tokenizer import load_tokenizer
 
 __all__ = ["KL_BOUND", "PROMPTS", "Comparison", "compare", "fits_in_memory"]
 
@@ -124,13 +127,16 @@ def fits_in_memory(reader: ShardReader, linears: Linears) -> bool:
 def _answers(model: Any, prompts: Sequence[Tensor], new_tokens: int) -> list[tuple[Tensor, list[int]]]:
     """For each prompt its logits, (length, vocabulary), and the greedy tokens that follow."""
     model.eval()
+    own = model.generation_config
+    config = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
     answers = []
     for ids in prompts:
         ids = ids.to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0].cpu()
-        tokens = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
-        )
+        with generating_by(model, config):
+            tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         answers.append((logits, tokens[0, ids.shape[1] :].tolist()))
     return answers
 

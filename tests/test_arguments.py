@@ -40,6 +40,13 @@ def test_a_config_file_is_overridden(tmp_path: Path) -> None:
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+def test_fsdp_of_a_file_can_be_taken_back(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\nfsdp: true\n")
+    assert parse_train([str(config)])[1].fsdp
+    assert not parse_train([str(config), "--fsdp", "false"])[1].fsdp
+
+
 def test_flags_of() -> None:
     assert flags_of({"a": True, "b": None, "c": [1, "x"], "d": {"e": 1}}) == [
         *["--a", "true"],

@@ -18,11 +18,13 @@ from tests.conftest import make_model
 def test_the_three_verbs(tiny: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nf4, adapter, merged = (str(tmp_path / name) for name in ("nf4", "adapter", "merged"))
     assert main(["quantize", str(tiny), nf4, "--max_shard_size", "1MB"]) == 0
-    assert "next: qdora train" in capsys.readouterr().out
+    assert f"next: qdora init {nf4} DATA.jsonl" in capsys.readouterr().out
     flags = ["--max_steps", "2", "--lora_r", "2", "--use_cpu", "true", "--disable_tqdm", "true"]
     data = ["--dataset", str(pairs_file), "--output_dir", adapter]
     assert main(["train", "--model_name_or_path", nf4, *data, *flags]) == 0
-    assert f"next: qdora merge {nf4} {adapter} " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"next: qdora chat {nf4} --adapter {adapter} --compare" in out
+    assert f"qdora merge {nf4} {adapter} OUT" in out
     assert main(["merge", nf4, adapter, merged, "--dtype", "bfloat16", "--no-verify"]) == 0
     assert "14 linears merged" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged", "nf4"]
@@ -67,8 +69,8 @@ MISTAKES = [
     ("quantize model out --max_shard_size big", "not a size: 'big'"),
     ("quantize model", "the following arguments are required: OUT"),
     ("quantize model adapter", "not empty"),
-    ("quantise model out", "invalid choice: 'quantise'"),
-    ("merge nf4 adapter out --typo", "unrecognized arguments: --typo"),
+    ("quantise model out", "unknown verb 'quantise'; did you mean quantize?"),
+    ("merge nf4 adapter out --onto_orignal", "unknown flag --onto_orignal; did you mean --onto_original?"),
     ("merge other adapter out", "the adapter is for another model"),
     ("merge nf4 model out", "model is not an adapter"),
     ("merge adapter adapter out", "is an adapter, not a model"),
@@ -81,10 +83,17 @@ MISTAKES = [
     (TRAIN.replace("good", "masked"), "every label would be masked"),
     (TRAIN.replace("good", "row17"), "row 17: the field 'completion' is missing"),
     (TRAIN.replace("--output_dir out", ""), "missing: --output_dir"),
-    (TRAIN + " --lora_target_modules qq_proj", "matches no linear"),
+    (TRAIN + " --lora_target_modules qq_proj", "did you mean q_proj?"),
+    (TRAIN + " --freeze magnitudes", "found 'magnitudes'; did you mean magnitude?"),
+    (TRAIN + " --use_dora false --freeze magnitude", "there is none to freeze"),
+    (TRAIN + " --init_lora_weights loftq", "name the 16-bit original with --original_model_name_or_path"),
+    (TRAIN + " --eval_dataset good.jsonl --validation_split_percentage 5", "choose one"),
+    (TRAIN + " --early_stopping_patience 2", "needs evaluations"),
+    (TRAIN + " --lr_scheduler_type cosin", "did you mean cosine?"),
+    (TRAIN + " --report_to tensorbord", "tensorbord is not supported"),
     (TRAIN + " --lora_r 0", "rank must be"),
     (TRAIN + " --eval_strategy steps", "needs an --eval_dataset"),
-    (TRAIN + " --optim adamm", "adamm"),
+    (TRAIN + " --optim adamm", "--optim knows no 'adamm'; did you mean adamw_torch?"),
     (TRAIN + " --per_device_train_batch_size 0", "batch"),
     (TRAIN + " --truncation_mode keep_end", "only keep_start fits"),
     (TRAIN + " --max_length 0", "--max_length must be at least 1"),
@@ -102,6 +111,19 @@ MISTAKES = [
     (TRAIN.replace("nf4", "part"), "does not hold the model of its config.json"),
     ("merge nf4 adapter empty/../nf4 --overwrite", "is or holds the input"),
     ("train absent.yaml", "no config file at absent.yaml"),
+    (TRAIN.replace("nf4", "adapter"), "is an adapter, not a model"),
+    ("evaluate nf4 --dataset absent.jsonl", "no data file at absent.jsonl"),
+    ("evaluate adapter --dataset good.jsonl", "is an adapter, not a model"),
+    ("evaluate nf4 --adapter model --dataset good.jsonl", "model is not an adapter"),
+    ("evaluate nf4 --merged nf4 --dataset good.jsonl", "is in NF4, so it is no merged model"),
+    ("evaluate nf4 --dataset good.jsonl --output_file absent/f.json", "cannot write absent/f.json"),
+    ("chat nf4 --adapter nf4 --prompt a", "is not an adapter"),
+    ("chat other --adapter adapter --prompt a", "the adapter is for another model"),
+    ("inspect nf4", "is not an adapter"),
+    ("inspect adapter --base other", "the adapter is for another model"),
+    ("init nf4 absent.jsonl", "no data file at absent.jsonl"),
+    ("init nf4 good.jsonl --memory lots", "not a size: 'lots'"),
+    ("init nf4 good.jsonl --out good.jsonl", "good.jsonl is there already"),
 ]
 
 
@@ -127,21 +149,9 @@ def test_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB\nof 1 GiB")
 
-    monkeypatch.setattr(cli, "quantize", full)
+    monkeypatch.setitem(cli._VERBS, "quantize", full)
     assert main(["quantize", "a", "b"]) == 2
     assert capsys.readouterr().err.startswith("qdora: out of memory: tried to allocate 2 GiB of 1 GiB; a smaller")
-
-
-def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert "--model_name_or_path" in text
-    assert "--learning_rate" in text
-    for verb in ([], ["quantize"], ["merge"]):
-        with pytest.raises(SystemExit) as stopped:
-            main([*verb, "--help"])
-        assert stopped.value.code == 0
-        assert "usage: qdora" in capsys.readouterr().out
 
 
 def test_as_a_program(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import qdora
 from qdora import CheckpointError, DataError
-from qdora.evaluate import EvaluateReport, evaluate
+from qdora.verbs.evaluate import EvaluateReport, evaluate
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import yaml
 import qdora
 from qdora import ConfigError
 from qdora.arguments import parse_train
-from qdora.init import init
+from qdora.verbs.init import init
 
 
 def test_it_is_made_for_model_and_data(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
 from qdora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from qdora.inject import adapted_linears
-from qdora.inspect import InspectReport, inspect
 from qdora.shards import ShardReader, fingerprint
+from qdora.verbs.inspect import InspectReport, inspect
 from tests.conftest import disturb, make_model
 
 PNG = b"\x89PNG"

@@ -182,7 +182,7 @@ def test_a_merge_that_is_another_function_is_not_left_behind(
     def wrong_rows(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, m: object, scaling: float) -> torch.Tensor:
         return W + 2 * scaling * (B.float() @ A.float())
 
-    monkeypatch.setattr(sys.modules["qdora.merge"], "merge_rows", wrong_rows)  # `qdora.merge` is the function
+    monkeypatch.setattr(sys.modules["qdora.verbs.merge"], "merge_rows", wrong_rows)
     with pytest.raises(NumericsError, match="is not the one that was trained"):
         qdora.merge(tiny_nf4, tiny_adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

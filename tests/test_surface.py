@@ -7,21 +7,26 @@ import re
 from pathlib import Path
 
 import qdora
+from qdora import screens
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"cli", "__main__"},
-    {"estimate", "quantize", "train", "merge"},
-    {"planner", "preflight", "trainer", "verify"},
-    {"arguments", "memory", "model"},
+    {"__main__"},
+    {"cli"},
+    {"verbs"},
+    {"notes", "preflight", "trainer", "verify", "conversation", "residual"},
+    {"answers", "corpus", "planner", "baseweights", "drawing", "tokenizer"},
+    {"arguments", "memory", "model", "analysis", "generation"},
     {"checkpoint", "sources"},
     {"stream", "offload", "simulate", "sharding"},
-    {"inject"},
-    {"data", "dora", "curves", "scoring"},
-    {"nf4", "dense", "loss", "optimizer", "rows", "shards", "output"},
-    {"base", "config", "distributed", "workspace"},
+    {"inject", "choices"},
+    {"data", "dora", "measure", "packing", "progress", "report", "scoring", "screens"},
+    {"nf4", "curves", "dense", "loss", "optimizer", "rows", "shards", "output", "parsers", "tables"},
+    {"base", "flags", "groups", "nearest", "workspace"},
+    {"config", "distributed"},
     {"errors"},
 ]
+MODULES = [path for path in (ROOT / "qdora").rglob("*.py") if path.stem != "__init__"]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -33,18 +38,20 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+def room_of(path: Path) -> str:
+    return "verbs" if path.parent.name == "verbs" else path.stem
+
+
 def test_imports_point_down() -> None:
     layer_of = {name: number for number, names in enumerate(LAYERS) for name in names}
-    modules = {path.stem: path for path in (ROOT / "qdora").glob("*.py") if path.stem != "__init__"}
-    assert modules.keys() == layer_of.keys()
-    for name, path in modules.items():
+    assert {room_of(path) for path in MODULES} == layer_of.keys()
+    for path in MODULES:
         for other in imports_of(path) & layer_of.keys():
-            own_main = name == "__main__"
-            assert layer_of[other] > layer_of[name] or own_main, f"{name} imports {other}"
+            assert layer_of[other] > layer_of[room_of(path)], f"{path.stem} imports {other}"
 
 
 def test_only_nf4_knows_bitsandbytes_and_nothing_pickles() -> None:
-    for path in (ROOT / "qdora").glob("*.py"):
+    for path in MODULES:
         text = path.read_text()
         if path.stem != "nf4":
             assert not re.search(r"^\s*(import|from) bitsandbytes", text, re.MULTILINE), path.name
@@ -58,20 +65,20 @@ def test_all_is_exported() -> None:
         qdora.__all__
     )
     assert list(qdora.__all__) == sorted(qdora.__all__)
-    for verb in ("estimate", "quantize", "train", "merge"):
+    for verb in screens.VERBS.keys() - {"completion"}:
         assert callable(getattr(qdora, verb))
 
 
 def test_the_readme_s_tree_is_the_tree() -> None:
     readme = (ROOT / "README.md").read_text()
-    for path in [*(ROOT / "qdora").glob("*.py"), *(ROOT / "scripts").glob("*.*")]:
+    for path in [*MODULES, *(ROOT / "scripts").glob("*.*")]:
         assert re.search(rf"^\s+{re.escape(path.name)}\s+\S", readme, re.MULTILINE), f"{path.name} is not in the tree"
 
 
 def test_tests_mirror_the_source() -> None:
     tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    # What these do is tested where it is used: in `test_inject`, `test_dora`, `test_train`, `test_merge` and
-    # `test_distributed`.
+    # What these do is tested where it is used: in `test_inject`, `test_dora`, `test_train`, `test_merge`,
+    # `test_chat`, `test_report`, `test_inspect` and `test_distributed`.
     elsewhere = {
         "__init__",
         "__main__",
@@ -79,11 +86,16 @@ def test_tests_mirror_the_source() -> None:
         "base",
         "dense",
         "curves",
-        "preflight",
-        "trainer",
+        "conversation",
+        "corpus",
+        "flags",
+        "generation",
+        "notes",
+        "tables",
+        "tokenizer",
         "verify",
         "scoring",
         "sharding",
     }
-    missing = {path.stem for path in (ROOT / "qdora").glob("*.py")} - tested - elsewhere
+    missing = {path.stem for path in MODULES} - tested - elsewhere
     assert not missing

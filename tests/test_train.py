@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import qdora
 from qdora import ConfigError, DataError, NumericsError
 from qdora.inject import adapted_linears
-from qdora.train import train_from_arguments
+from qdora.verbs.train import train_from_arguments
 from tests.conftest import make_model
 
 QUICK: dict[str, Any] = {

@@ -26,10 +26,11 @@ from qdora.baseweights import StoredBase
 from qdora.checkpoint import AdapterFile, LinearAdapter, read_adapter
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError, NumericsError
-from qdora.model import compute_dtype, is_nf4_checkpoint, load_tokenizer
+from qdora.model import compute_dtype, is_nf4_checkpoint
 from qdora.output import check_output, new_directory, write_json
 from qdora.shards import ShardWriter, format_bytes, parse_size
 from qdora.sources import copy_side_files, local_model
+from qdora.tokenizer import load_tokenizer
 from qdora.verify import Comparison, compare, fits_in_memory
 
 __all__ = ["MergeReport", "merge"]
@@ -92,7 +93,7 @@ def merge(
     check_output(out, overwrite, [base, adapter])
     source, file = local_model(base), read_adapter(adapter)
     packed = is_nf4_checkpoint(source, trust_remote_code)
-    through_nf4 = not packed and not onto_original and _was_nf4(file, base)
+    through_nf4 = not packed and not onto_original and file.rounds(base, "pass --onto_original")
     stored = StoredBase(source, through_nf4, trust_remote_code)
     stored.adapted_keys(file)  # raises if they do not belong together
     with new_directory(out, overwrite) as directory:
@@ -120,15 +121,6 @@ def merge(
             report.comparison.check(out)
         _write_record(directory, report, base, adapter)
     return report
-
-
-def _was_nf4(file: AdapterFile, base: str | Path) -> bool:
-    if file.base_kind == "nf4-custom":
-        raise CheckpointError(
-            f"the adapter was trained on NF4 weights that were not quantized in the usual way, and {base} is 16-bit; "
-            f"name the NF4 checkpoint it was trained on ({file.base_model}), or pass --onto_original"
-        )
-    return file.base_kind == "nf4"
 
 
 def _reason_against(verify: bool | None, fits: bool, directory: Path, trust_remote_code: bool) -> str:

@@ -19,26 +19,32 @@ from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils import logging
 
-from qdora.answers import Question, questions
 from qdora.arguments import adapter_config, flags_of, parse_train, rates
-from qdora.config import ALL_LINEAR
-from qdora.curves import loss_series, plot_loss
-from qdora.data import EncodedData, encode, marked
+from qdora.corpus import Corpus, load_corpus, use_chat_template
+from qdora.curves import loss_series
+from qdora.data import EncodedData
 from qdora.distributed import is_main, processes, say
-from qdora.errors import ConfigError, DataError, NumericsError, QDoRAError, reason
+from qdora.errors import ConfigError, NumericsError, QDoRAError, reason
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
-from qdora.model import load_model, load_tokenizer, trainable_parameters
+from qdora.model import load_model, trainable_parameters
+from qdora.notes import Intention, leave_notes
 from qdora.optimizer import CompensatedAdamW
-from qdora.packing import settle_packing, splits_rows
+from qdora.packing import settle_packing
 from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
-from qdora.preflight import check_original, check_place, check_sharded, check_trackers, check_unused, checkpoint_to_resume
-from qdora.progress import memory_bytes
-from qdora.report import LOG_FILE, REPORT_FILE, Group, RunFacts, write_log, write_report
+from qdora.preflight import (
+    check_original,
+    check_place,
+    check_sharded,
+    check_trackers,
+    check_unused,
+    checkpoint_to_resume,
+)
+from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
-from qdora.rows import Row, held_out, read_rows
 from qdora.sharding import Sharding, take_sharding
 from qdora.shards import parse_size
+from qdora.tokenizer import load_tokenizer
 
 __all__ = ["TrainReport", "train"]
 
@@ -110,8 +116,8 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     if run.dry_run:
         return None
     tokenizer = load_tokenizer(run.model_name_or_path, training.trust_remote_code)
-    _use_chat_template(tokenizer, training)
-    corpus = _load_corpus(run, training, tokenizer)
+    use_chat_template(tokenizer, training)
+    corpus = load_corpus(run, training, tokenizer)
     set_seed(training.seed)
     model = load_model(
         run.model_name_or_path,
@@ -128,11 +134,12 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
         _begin_with_residual(model, run, training)
     freeze_part(model, run.freeze)
     say(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {_places(training, sharding)}")
+    meant = Intention.of(run, training, need)
     trainer = _build_trainer(model, tokenizer, training, corpus, run, sharding)
     _run(trainer, resume)
     report = _finish(trainer, run, corpus, output_dir)
     if is_main():
-        _leave_notes(trainer, run, corpus, report, need, time.perf_counter() - started)
+        leave_notes(trainer, run, meant, corpus, report.best_step, time.perf_counter() - started)
     return report
 
 
@@ -277,126 +284,3 @@ def _finish(trainer: Any, run: RunArguments, corpus: Corpus, output_dir: Path) -
 def _best_step(trainer: Any) -> int | None:
     checkpoint = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     return None if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
-
-
-def _leave_notes(
-    trainer: Any, run: RunArguments, corpus: Corpus, report: TrainReport, need: str | None, seconds: float
-) -> None:
-    """What people read afterwards: picture, log and report."""
-    history, out, training = trainer.state.log_history, report.output_dir, trainer.args
-    plot_loss(history, out / "loss.png", f"{Path(run.model_name_or_path).name} on {Path(run.dataset).name}")
-    write_log(history, out / LOG_FILE)
-    plan = asked_plan(run, training)
-    facts = RunFacts(
-        base=run.model_name_or_path,
-        adapter=_adapter_in_words(run),
-        output_dir=out,
-        dataset=run.dataset,
-        data=report.data,
-        evaluation_dataset=corpus.evaluation_name,
-        evaluation=None if corpus.evaluation is None else str(corpus.evaluation),
-        sample=marked(corpus.data.input_ids[0], corpus.data.labels[0], trainer.processing_class),
-        history=history,
-        steps=report.steps,
-        best_step=report.best_step,
-        groups=[
-            Group(
-                group.get("name", "adapter"),
-                sum(p.numel() for p in group["params"]),
-                group.get("initial_lr", group["lr"]),
-                group["weight_decay"],
-            )
-            for group in trainer.optimizer.param_groups
-        ],
-        settings={
-            name: getattr(value, "value", value) for name in _REPORTED if (value := getattr(training, name)) is not None
-        },
-        plan=plan.flags(),
-        need=need,
-        peak_bytes=memory_bytes(training.device),
-        device=str(training.device),
-        seconds=seconds,
-    )
-    write_report(facts, out / REPORT_FILE)
-
-
-_REPORTED = (
-    "optim",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "num_train_epochs",
-    "max_steps",
-    "max_length",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_grad_norm",
-    "seed",
-)
-
-
-def _adapter_in_words(run: RunArguments) -> str:
-    method = ("QDoRA" if run.use_dora else "QLoRA") if run.load_in_4bit else ("DoRA" if run.use_dora else "LoRA")
-    targets = "all linears" if run.lora_target_modules == [ALL_LINEAR] else ", ".join(run.lora_target_modules)
-    frozen = "" if run.freeze == "none" else f", {run.freeze} frozen"
-    return f"{method} of rank {run.lora_r}, alpha {run.lora_alpha:g}, on {targets}{frozen}"
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What is trained on, and what is measured on."""
-
-    data: EncodedData
-    evaluation: EncodedData | None
-    evaluation_name: str | None
-    asked: list[Question]
-
-
-def _load_corpus(run: RunArguments, training: Any, tokenizer: Any) -> Corpus:
-    rows = read_rows(run.dataset, run.dataset_split)
-    numbers, eval_rows, eval_numbers, name = list(range(1, len(rows) + 1)), None, None, run.eval_dataset
-    if run.eval_dataset:
-        eval_rows = read_rows(run.eval_dataset, run.eval_dataset_split)
-    elif run.validation_split_percentage:
-        kept_back = held_out(len(rows), run.validation_split_percentage, training.seed)
-        name, eval_rows, eval_numbers = run.dataset, [rows[i] for i in kept_back], [i + 1 for i in kept_back]
-        numbers = sorted({*numbers} - {*eval_numbers})
-    data = _load_data([rows[i - 1] for i in numbers], numbers, run.dataset, tokenizer, training)
-    if eval_rows is None or name is None:
-        return Corpus(data, None, None, [])
-    evaluation = _load_data(eval_rows, eval_numbers, name, tokenizer, training, evaluation=True)
-    asked = _questions(eval_rows[: run.eval_exact_match], name, tokenizer) if run.eval_exact_match else []
-    return Corpus(data, evaluation, name, asked)
-
-
-def _questions(rows: list[Row], source: str, tokenizer: Any) -> list[Question]:
-    """Whole, whatever `max_length` is: an answer that was cut can never be matched."""
-    found = questions(encode(rows, tokenizer, None, source), tokenizer)
-    if not found:
-        raise DataError(f"{source} has no questions with answers to match; leave out --eval_exact_match")
-    return found
-
-
-def _load_data(
-    rows: list[Row], numbers: list[int] | None, source: str, tokenizer: Any, training: Any, evaluation: bool = False
-) -> EncodedData:
-    encoded = encode(
-        rows,
-        tokenizer,
-        None if splits_rows(training, evaluation) else training.max_length,
-        source,
-        loss_on_all=training.completion_only_loss is False,
-        progress=lambda rows: tqdm(rows, desc="tokenize", unit=" rows", leave=False, disable=not is_main()),
-        numbers=numbers,
-    )
-    say(f"{source}: {encoded}")
-    return encoded
-
-
-def _use_chat_template(tokenizer: Any, training: Any) -> None:
-    if training.chat_template_path is None:
-        return
-    path = Path(training.chat_template_path)
-    if not path.is_file():
-        raise DataError(f"no chat template at {path}: name a Jinja file")
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
-    training.chat_template_path = None  # TRL would read it once more

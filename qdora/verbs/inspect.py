@@ -8,7 +8,6 @@ on such weights. An adapter that began with more than zeros (with NF4's error, s
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +23,11 @@ from qdora.drawing import draw_changes
 from qdora.errors import CheckpointError, ConfigError
 from qdora.shards import fingerprint, format_bytes
 from qdora.sources import local_model
+from qdora.tables import aligned, wrapped
 
 __all__ = ["InspectReport", "inspect"]
 
 PICTURE_FILE = "inspect.png"
-_WIDTH = 100
-_LABEL = 16
 _MOST = 5
 _NAMED = 10
 _HASH_DIGITS = 16
@@ -113,13 +111,13 @@ class InspectReport:
                 *_most_table("most in direction", self.most_in_direction),
                 *self._unmoved(),
                 "",
-                *_wrapped(
+                *wrapped(
                     "ΔM: the mean over the outputs of |m − ‖W‖|, the change of magnitude"
                     + ("" if self.config.use_dora else " (m = ‖W + s·B·A‖)")
                     + "; ΔD: that of 1 − cos(W + s·B·A, W), the change of direction; r: their correlation over the "
                     "linears of a row (DoRA, arXiv 2402.09353, section 3.2)."
                 ),
-                *_wrapped(f"picture: {self.picture}" if self.picture else f"no picture: {self.no_picture}"),
+                *wrapped(f"picture: {self.picture}" if self.picture else f"no picture: {self.no_picture}"),
             ]
         )
 
@@ -147,7 +145,7 @@ class InspectReport:
             "compared with": f"{self.base} ({self.base_kind})",
             "base's hash": f"{self.base_hash[:_HASH_DIGITS]}: {self._verdict()}",
         }
-        return [line for label, text in facts.items() for line in _wrapped(text, label)]
+        return [line for label, text in facts.items() for line in wrapped(text, label)]
 
     def _verdict(self) -> str:
         if self.same_base is None:
@@ -164,12 +162,12 @@ class InspectReport:
     def _unmoved(self) -> list[str]:
         unmoved = self.unmoved
         named = f": {_named(unmoved)}" if unmoved else ""
-        lines = _wrapped(f"{len(unmoved)} of {len(self.changes)} linears{named}", "did not move")
+        lines = wrapped(f"{len(unmoved)} of {len(self.changes)} linears{named}", "did not move")
         for what, count in (
             ("magnitude", sum(change.moved and not change.magnitudes_moved for change in self.changes)),
             ("direction", sum(change.moved and not change.directions_moved for change in self.changes)),
         ):
-            lines += _wrapped(f"{count} more only in {what}") if count else []
+            lines += wrapped(f"{count} more only in {what}") if count else []
         return lines
 
 
@@ -302,7 +300,7 @@ def _kinds_table(changes: Sequence[LinearChange]) -> list[str]:
                 f"{_percent(moved)} of {outputs:,}",
             )
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _most_table(label: str, changes: Sequence[LinearChange]) -> list[str]:
@@ -310,25 +308,7 @@ def _most_table(label: str, changes: Sequence[LinearChange]) -> list[str]:
     for change in changes:
         relative = "–" if change.relative_delta_m is None else f"{change.relative_delta_m:.3g}"
         rows.append((change.path, f"{change.delta_m:.3g}", relative, f"{change.delta_d:.3g}"))
-    return [*_aligned(rows if changes else [*rows, ("none moved", "", "", "")]), ""]
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The first column to the left, cut at its start if the line were too long; the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    others = sum(width + 2 for width in widths[1:])
-    widths[0] = min(max(widths[0], _LABEL), _WIDTH - others)
-    lines = []
-    for first, *rest in rows:
-        name = first if len(first) <= widths[0] else f"…{first[1 - widths[0] :]}"
-        cells = [f"{cell:>{width + 2}}" for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append(f"{name:<{widths[0]}}{''.join(cells)}".rstrip())
-    return lines
-
-
-def _wrapped(text: str, label: str | None = None) -> list[str]:
-    first, rest = ("", "") if label is None else (f"{label:<{_LABEL}}", " " * _LABEL)
-    return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    return [*aligned(rows if changes else [*rows, ("none moved", "", "", "")]), ""]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,16 +19,20 @@ import torch
 from tqdm import tqdm
 
 from qdora.answers import Question, answer, count_matches, questions
+from qdora.checkpoint import read_adapter
 from qdora.choices import Accuracy, Choice, accuracy, choice_rows
 from qdora.data import EncodedData, encode
 from qdora.errors import CheckpointError, DataError
+from qdora.generation import place_of
 from qdora.inject import adapted_linears, adapters_disabled
 from qdora.measure import padded_batches, row_likelihoods, score
-from qdora.model import context_of, is_nf4_checkpoint, load_model, load_tokenizer
+from qdora.model import context_of, is_nf4_checkpoint, load_model, pick_device, usual_dtype
 from qdora.output import replace_text
 from qdora.rows import read_rows
 from qdora.scoring import ScoredModel
 from qdora.sources import local_model
+from qdora.tables import aligned
+from qdora.tokenizer import tokenizer_of
 
 __all__ = ["EvaluateReport", "Measured", "evaluate"]
 
@@ -64,15 +68,8 @@ class EvaluateReport:
     """The first few: (expected, given)."""
 
     def __str__(self) -> str:
-        lines = {name: [f"{value(measured)}" for measured in self.models.values()] for name, value in self._rows()}
-        first = max(map(len, lines))
-        widths = [max(len(name), *(len(line[i]) for line in lines.values())) for i, name in enumerate(self.models)]
-        head = "  ".join([" " * first, *(name.rjust(width) for name, width in zip(self.models, widths, strict=True))])
-        table = [
-            "  ".join([name.ljust(first), *(value.rjust(width) for value, width in zip(line, widths, strict=True))])
-            for name, line in lines.items()
-        ]
-        return "\n".join([f"{self.dataset}: {self.data}", head, *table])
+        rows = [(name, *(value(measured) for measured in self.models.values())) for name, value in self._rows()]
+        return "\n".join([f"{self.dataset}: {self.data}", *aligned([("", *self.models), *rows])])
 
     def _rows(self) -> list[tuple[str, Callable[[Measured], str]]]:
         rows: list[tuple[str, Callable[[Measured], str]]] = [
@@ -120,7 +117,7 @@ def evaluate(
     choices: Sequence[str] = (),
     loss_on_all: bool = False,
     batch_size: int = 8,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     device: str | torch.device | None = None,
     load_in_4bit: bool | None = None,
     stream_base: bool = False,
@@ -139,19 +136,30 @@ def evaluate(
         exact_match_rows: so many rows are answered and compared.
         choices: words of which each answer holds one, see `choices`.
         loss_on_all: count prompts too.
-        load_in_4bit: quantize a 16-bit `model` as it loads; by default if an adapter is given.
+        dtype: of the arithmetic; see `model.usual_dtype`.
+        load_in_4bit: quantize a 16-bit `model` as it loads; by default only if the adapter was trained on NF4.
 
     Raises:
         QDoRAError: a model, the adapter or the data is wrong.
     """
     _check_merged(merged, trust_remote_code)
-    tokenizer = load_tokenizer(model, trust_remote_code)
+    source, file = local_model(model), None if adapter is None else read_adapter(adapter)
+    packed = is_nf4_checkpoint(source, trust_remote_code)
+    tokenizer, _ = tokenizer_of(source, adapter, trust_remote_code)
     rows = read_rows(dataset, dataset_split)[:max_rows]
     chosen = choice_rows(rows, dataset, choices)
-    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype, "device": device}
-    in_4bit = load_in_4bit if load_in_4bit is not None else adapter is not None
+    place = pick_device(device)
+    if load_in_4bit is None:
+        load_in_4bit = not packed and file is not None and file.rounds(model, "choose by --load_in_4bit")
     loaded = load_model(
-        model, adapter, load_in_4bit=in_4bit, stream_base=stream_base, embedding_on_host=embedding_on_host, **settings
+        source,
+        adapter,
+        dtype=dtype or usual_dtype(source, adapter is not None, place),
+        device=place,
+        load_in_4bit=load_in_4bit,
+        stream_base=stream_base,
+        embedding_on_host=embedding_on_host,
+        trust_remote_code=trust_remote_code,
     )
     limit = context_of(loaded.config)
     length = min(filter(None, (max_length, limit)), default=None)
@@ -169,7 +177,13 @@ def evaluate(
         found["adapter"], answers["adapter"] = _examine(loaded, tokenizer, exam, "adapter")
     del loaded
     if merged is not None:
-        plain = load_model(merged, load_in_4bit=False, **settings)
+        plain = load_model(
+            merged,
+            dtype=dtype or usual_dtype(local_model(merged), False, place),
+            device=place,
+            load_in_4bit=False,
+            trust_remote_code=trust_remote_code,
+        )
         found["merged"], answers["merged"] = _examine(plain, tokenizer, exam, "merged")
     return EvaluateReport(str(dataset), str(data), len(asked), len(chosen), found, answers)
 
@@ -179,7 +193,7 @@ def _examine(model: Any, tokenizer: Any, exam: _Exam, name: str) -> tuple[Measur
     entry = ScoredModel(model)
     lean = entry.head_is_plain()
     rows = list(zip(exam.data.input_ids, exam.data.labels, strict=True))
-    batches = list(padded_batches(rows, exam.batch_size, model.device))
+    batches = list(padded_batches(rows, exam.batch_size, place_of(model)))
     tally = score(entry, (batch for _, batch in _bar(f"{name}: loss", "batches")(batches)), lean)
     given = answer(model, tokenizer, exam.asked, exam.batch_size, _bar(f"{name}: answers", "batches"))
     chosen = _choose(entry, exam, lean, name)
@@ -198,7 +212,7 @@ def _choose(entry: ScoredModel, exam: _Exam, lean: bool, name: str) -> Accuracy 
         return None
     rows = [row for data in exam.choice_data for row in zip(data.input_ids, data.labels, strict=True)]
     bar = _bar(f"{name}: choices", "batches")
-    flat = iter(row_likelihoods(entry, rows, lean, entry.model.device, exam.batch_size, bar))
+    flat = iter(row_likelihoods(entry, rows, lean, place_of(entry.model), exam.batch_size, bar))
     return accuracy(exam.choices, [[next(flat) for _ in choice.rows] for choice in exam.choices])
 
 

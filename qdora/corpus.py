@@ -1,0 +1,95 @@
+"""What a run learns from and what it is measured on: rows read, parted, rendered and tokenized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from qdora.answers import Question, questions
+from qdora.data import EncodedData, encode
+from qdora.distributed import is_main, say
+from qdora.errors import DataError
+from qdora.flags import RunArguments
+from qdora.packing import splits_rows
+from qdora.rows import Row, held_out, read_rows
+
+__all__ = ["Corpus", "load_corpus", "use_chat_template"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is trained on, and what is measured on."""
+
+    data: EncodedData
+    evaluation: EncodedData | None
+    evaluation_name: str | None
+    """The file that it came from."""
+    asked: list[Question]
+    """To be answered at each evaluation."""
+
+
+def load_corpus(run: RunArguments, training: Any, tokenizer: Any) -> Corpus:
+    """What the flags name, and say how much there is of it.
+
+    Args:
+        run, training: as `parse_train` returns them.
+
+    Raises:
+        DataError: unreadable, malformed, or nothing to learn from.
+    """
+    rows = read_rows(run.dataset, run.dataset_split)
+    numbers, eval_rows, eval_numbers, name = list(range(1, len(rows) + 1)), None, None, run.eval_dataset
+    if run.eval_dataset:
+        eval_rows = read_rows(run.eval_dataset, run.eval_dataset_split)
+    elif run.validation_split_percentage:
+        kept_back = held_out(len(rows), run.validation_split_percentage, training.seed)
+        name, eval_rows, eval_numbers = run.dataset, [rows[i] for i in kept_back], [i + 1 for i in kept_back]
+        numbers = sorted({*numbers} - {*eval_numbers})
+    data = _load_data([rows[i - 1] for i in numbers], numbers, run.dataset, tokenizer, training)
+    if eval_rows is None or name is None:
+        return Corpus(data, None, None, [])
+    evaluation = _load_data(eval_rows, eval_numbers, name, tokenizer, training, evaluation=True)
+    asked = _questions(eval_rows[: run.eval_exact_match], name, tokenizer) if run.eval_exact_match else []
+    return Corpus(data, evaluation, name, asked)
+
+
+def _questions(rows: list[Row], source: str, tokenizer: Any) -> list[Question]:
+    """Whole, whatever `max_length` is: an answer that was cut can never be matched."""
+    found = questions(encode(rows, tokenizer, None, source), tokenizer)
+    if not found:
+        raise DataError(f"{source} has no questions with answers to match; leave out --eval_exact_match")
+    return found
+
+
+def _load_data(
+    rows: list[Row], numbers: list[int] | None, source: str, tokenizer: Any, training: Any, evaluation: bool = False
+) -> EncodedData:
+    encoded = encode(
+        rows,
+        tokenizer,
+        None if splits_rows(training, evaluation) else training.max_length,
+        source,
+        loss_on_all=training.completion_only_loss is False,
+        progress=lambda rows: tqdm(rows, desc="tokenize", unit=" rows", leave=False, disable=not is_main()),
+        numbers=numbers,
+    )
+    say(f"{source}: {encoded}")
+    return encoded
+
+
+def use_chat_template(tokenizer: Any, training: Any) -> None:
+    """Let a Jinja file be the tokenizer's template, if `--chat_template_path` names one.
+
+    Raises:
+        DataError: it does not exist.
+    """
+    if training.chat_template_path is None:
+        return
+    path = Path(training.chat_template_path)
+    if not path.is_file():
+        raise DataError(f"no chat template at {path}: name a Jinja file")
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    training.chat_template_path = None  # TRL would read it once more

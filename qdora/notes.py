@@ -1,0 +1,92 @@
+"""What a finished run leaves beside its adapter: the loss picture, the log, the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdora.config import ALL_LINEAR
+from qdora.corpus import Corpus
+from qdora.curves import plot_loss
+from qdora.data import marked
+from qdora.flags import RunArguments
+from qdora.planner import asked_plan
+from qdora.progress import memory_bytes
+from qdora.report import LOG_FILE, REPORT_FILE, Group, RunFacts, write_log, write_report
+
+__all__ = ["Intention", "leave_notes"]
+
+_REPORTED = (
+    "optim",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "max_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Intention:
+    """How a run was meant, before the trainer's own settings were adapted to it."""
+
+    adapter: str
+    settings: dict[str, Any]
+    plan: str
+    need: str | None
+    """What it was reckoned to take, if that was asked for."""
+
+    @classmethod
+    def of(cls, run: RunArguments, training: Any, need: str | None) -> Intention:
+        """Args: as `parse_train` returns them."""
+        values = {name: getattr(training, name) for name in _REPORTED}
+        settings = {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
+        return cls(_adapter_in_words(run), settings, asked_plan(run, training).flags(), need)
+
+
+def leave_notes(
+    trainer: Any, run: RunArguments, meant: Intention, corpus: Corpus, best_step: int | None, seconds: float
+) -> None:
+    """Write what people read afterwards into the run's directory."""
+    history, training = trainer.state.log_history, trainer.args
+    out = Path(training.output_dir)
+    plot_loss(history, out / "loss.png", f"{Path(run.model_name_or_path).name} on {Path(run.dataset).name}")
+    write_log(history, out / LOG_FILE)
+    facts = RunFacts(
+        base=run.model_name_or_path,
+        adapter=meant.adapter,
+        output_dir=out,
+        dataset=run.dataset,
+        data=str(corpus.data),
+        evaluation_dataset=corpus.evaluation_name,
+        evaluation=None if corpus.evaluation is None else str(corpus.evaluation),
+        sample=marked(corpus.data.input_ids[0], corpus.data.labels[0], trainer.processing_class),
+        history=history,
+        steps=trainer.state.global_step,
+        best_step=best_step,
+        groups=[_group(group) for group in trainer.optimizer.param_groups],
+        settings=meant.settings,
+        plan=meant.plan,
+        need=meant.need,
+        peak_bytes=memory_bytes(training.device),
+        device=str(training.device),
+        seconds=seconds,
+    )
+    write_report(facts, out / REPORT_FILE)
+
+
+def _group(group: dict[str, Any]) -> Group:
+    values = sum(parameter.numel() for parameter in group["params"])
+    return Group(group.get("name", "adapter"), values, group.get("initial_lr", group["lr"]), group["weight_decay"])
+
+
+def _adapter_in_words(run: RunArguments) -> str:
+    method = ("QDoRA" if run.use_dora else "QLoRA") if run.load_in_4bit else ("DoRA" if run.use_dora else "LoRA")
+    targets = "all linears" if run.lora_target_modules == [ALL_LINEAR] else ", ".join(run.lora_target_modules)
+    frozen = "" if run.freeze == "none" else f", {run.freeze} frozen"
+    return f"{method} of rank {run.lora_r}, alpha {run.lora_alpha:g}, on {targets}{frozen}"

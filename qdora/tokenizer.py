@@ -1,0 +1,54 @@
+"""The tokenizer to use: the model's, or the one that an adapter brings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qdora.errors import CheckpointError, reason
+from qdora.sources import local_model
+
+__all__ = ["load_tokenizer", "tokenizer_of"]
+
+
+def load_tokenizer(
+    path: str | Path, trust_remote_code: bool = False, fetch_weights: bool = True
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Args:
+        fetch_weights: False fetches nothing but the tokenizer of a Hub id.
+
+    Raises:
+        CheckpointError: there is none that can be read.
+    """
+    try:
+        source = local_model(path) if fetch_weights or Path(path).exists() else str(path)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # tokenizer files fail in as many ways as there are kinds of tokenizers
+        raise CheckpointError(f"{path} has no usable tokenizer: {reason(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_of(
+    model: str | Path, adapter: str | Path | None, trust_remote_code: bool
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer for a model with an adapter, and whose it is in words: `the adapter` or `the model`.
+
+    The adapter's, if it brings a chat template: training may have used another than the model's.
+    """
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(Path(adapter), trust_remote_code=trust_remote_code)
+        except Exception as error:
+            # tokenizer files fail in as many ways as there are kinds of tokenizers
+            raise CheckpointError(f"{adapter} has no usable tokenizer: {reason(error)}") from None
+        if tokenizer.chat_template:
+            return tokenizer, "the adapter"
+    return load_tokenizer(model, trust_remote_code), "the model"

@@ -1,0 +1,277 @@
+"""`qdora chat`: a conversation in the terminal, with a model, with its adapter, or with both side by side.
+
+A `Conversation` is one voice, a `Terminal` is where lines come from and where text goes, and `converse` stands between
+them.
+
+Under `compare` there are two conversations over one model, one of which switches the adapter off while it answers. Both
+use the same chat template, so that nothing but the adapter tells them apart; their histories are separate, for each
+must find its own earlier answers before it.
+
+Ctrl-C is a wish to stop between two tokens, not an exception somewhere in the copy of a layer: while an answer comes,
+the signal is only remembered, and looked for after each token.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdora.checkpoint import read_adapter
+from qdora.conversation import Answer, Conversation, Sampling
+from qdora.errors import CheckpointError, ConfigError, DataError
+from qdora.generation import place_of
+from qdora.model import is_nf4_checkpoint, load_model, pick_device, usual_dtype
+from qdora.sources import local_model
+from qdora.tokenizer import tokenizer_of
+
+__all__ = ["Terminal", "chat", "converse"]
+
+HELP = """\
+/new          forget the conversation
+/system TEXT  set the system message; without TEXT, remove it
+/help         this list
+/exit         end, as Ctrl-D does
+Ctrl-C stops an answer. A line that ends in \\ goes on in the next. After a space, / begins no command."""
+
+_COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """Where lines come from and where text goes."""
+
+    read: Callable[[str], str]
+    """Shows a prompt sign and returns a line; raises EOFError after the last one."""
+    write: Callable[[str], None]
+    """Shows a piece of an answer at once."""
+    note: Callable[[str], None]
+    """Shows a line that is no part of an answer."""
+    interactive: bool
+    """Whether somebody sits before it: then there are prompt signs, and Ctrl-C stops an answer rather than all."""
+
+    @classmethod
+    def standard(cls) -> Terminal:
+        """Standard input and output; notes go to standard error, so that a pipe gets the answers only."""
+        interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        if interactive:
+            with suppress(ImportError):
+                import readline  # noqa: F401  (gives `input` its line editing and its own history)
+        return cls(
+            read=lambda sign: input(sign) if interactive else input(),
+            write=lambda text: print(text, end="", flush=True),
+            note=lambda line: print(line, file=sys.stderr, flush=True),
+            interactive=interactive,
+        )
+
+
+def chat(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    compare: bool = False,
+    prompts: Sequence[str] | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    load_in_4bit: bool | None = None,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    stream_base: bool = False,
+    embedding_on_host: bool = False,
+    trust_remote_code: bool = False,
+    terminal: Terminal | None = None,
+) -> None:
+    """Answer what is typed, or each line of standard input, or `prompts`, with one model.
+
+    Args:
+        model: an NF4 checkpoint, a 16-bit model directory (a merged one too) or a Hub id.
+        adapter: trained on `model`. If its directory holds a tokenizer with a chat template, as `train` leaves one
+            there, that is used: the adapter has learned to answer in it.
+        compare: answer each question twice, without and with the adapter.
+        prompts: answer these, in one conversation, and return; they are never taken for commands.
+        system: the system message.
+        temperature: 0 for the likeliest token each time.
+        load_in_4bit: quantize a 16-bit `model` as it loads; by default only if the adapter was trained on NF4.
+        dtype: of the arithmetic; see `model.usual_dtype`.
+        terminal: by default standard input and output.
+
+    Raises:
+        ConfigError: an argument is wrong.
+        CheckpointError: model or adapter is missing, damaged, or they do not belong together.
+        DataError: what is read is not UTF-8.
+        NumericsError: the model's logits are not finite.
+    """
+    if compare and adapter is None:
+        raise ConfigError("compare needs an adapter: it answers without and with it; give --adapter")
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    terminal = terminal or Terminal.standard()
+    source, file = local_model(model), None if adapter is None else read_adapter(adapter)
+    packed, place = is_nf4_checkpoint(source, trust_remote_code), pick_device(device)
+    in_4bit = (
+        load_in_4bit
+        if load_in_4bit is not None
+        else not packed and file is not None and file.rounds(model, "choose by --load_in_4bit")
+    )
+    tokenizer, whose = tokenizer_of(source, adapter, trust_remote_code)
+    loaded = load_model(
+        source,
+        adapter,
+        dtype=dtype or usual_dtype(source, adapter is not None, place),
+        device=place,
+        load_in_4bit=in_4bit,
+        stream_base=stream_base,
+        embedding_on_host=embedding_on_host,
+        trust_remote_code=trust_remote_code,
+    )
+    loaded.eval()
+    _check_vocabulary(loaded, tokenizer, whose)
+    named = str(model) if adapter is None else f"{model} with {adapter}"
+    weights = "NF4 weights" if packed else "rounded to NF4 as it was loaded" if in_4bit else "16-bit weights"
+    arithmetic = str(loaded.config.dtype).removeprefix("torch.")
+    template = (
+        f"the chat template of {whose}"
+        if tokenizer.chat_template
+        else "no chat template, so each text is continued as it stands"
+    )
+    terminal.note(f"{named}: {weights}, {arithmetic} on {place_of(loaded)}, {template}")
+    if compare:
+        voices = {
+            "without the adapter": Conversation(loaded, tokenizer, sampling, system, use_adapter=False),
+            "with the adapter": Conversation(loaded, tokenizer, sampling, system),
+        }
+    else:
+        voices = {"": Conversation(loaded, tokenizer, sampling, system)}
+    if prompts:
+        for prompt in prompts:
+            _answer(voices, prompt, terminal)
+    else:
+        converse(voices, terminal)
+
+
+def converse(voices: Mapping[str, Conversation], terminal: Terminal) -> None:
+    """Read and answer until the end of the input, `/exit`, or Ctrl-C at the prompt.
+
+    Args:
+        voices: by the headings of their answers; each answers every question.
+
+    Raises:
+        DataError: what is read is not UTF-8.
+    """
+    if terminal.interactive:
+        terminal.note("/help lists the commands")
+    while (line := _read(terminal)) is not None:
+        command = _COMMAND.fullmatch(line.rstrip())
+        if command is None:
+            if line.strip():
+                _answer(voices, line, terminal)
+        elif command[1].lower() == "exit":
+            return
+        else:
+            terminal.note(_obey(command[1].lower(), command[2], voices))
+
+
+def _obey(command: str, text: str | None, voices: Mapping[str, Conversation]) -> str:
+    """Carry out a command.
+
+    Returns:
+        What to say of it.
+    """
+    if command == "new":
+        for voice in voices.values():
+            voice.forget()
+        return "the conversation is forgotten"
+    if command == "system":
+        try:
+            for voice in voices.values():
+                voice.set_system(text)
+        except ConfigError as error:
+            return str(error)
+        return "the system message is set" if text else "there is no system message now"
+    return HELP if command == "help" else f"no command /{command}; /help lists them"
+
+
+def _answer(voices: Mapping[str, Conversation], question: str, terminal: Terminal) -> None:
+    for heading, voice in voices.items():
+        if heading:
+            terminal.write(f"── {heading} ──\n")
+        with _remembered_interrupt() if terminal.interactive else nullcontext(lambda: False) as stopped:
+            try:
+                answer = voice.ask(question, terminal.write, stopped)
+            except ConfigError as error:
+                terminal.note(str(error))
+                continue
+        terminal.write("\n")
+        for line in _remarks(answer):
+            terminal.note(line)
+    if terminal.interactive:
+        terminal.write("\n")
+
+
+def _remarks(answer: Answer) -> list[str]:
+    remarks = []
+    if answer.stopped:
+        remarks.append("(stopped)")
+    if answer.cut:
+        remarks.append(f"(cut after {answer.tokens:,} tokens)")
+    if answer.forgotten:
+        turns = "turn was" if answer.forgotten == 1 else f"{answer.forgotten} turns were"
+        remarks.append(f"(the oldest {turns} forgotten: the model takes no more)")
+    return remarks
+
+
+def _read(terminal: Terminal) -> str | None:
+    """A question, of one line or of several that end in a backslash; None at the end."""
+    lines: list[str] = []
+    try:
+        while not lines or lines[-1].endswith("\\"):
+            lines.append(terminal.read("… " if lines else "> "))
+            lines[-1].encode()  # what is not UTF-8 may come as lone surrogates
+    except EOFError:
+        if terminal.interactive:
+            terminal.write("\n")
+    except KeyboardInterrupt:
+        if not terminal.interactive:
+            raise
+        terminal.write("\n")
+        return None
+    except UnicodeError:
+        raise DataError("what was read is not UTF-8; convert it") from None
+    return "\n".join(line.removesuffix("\\") for line in lines) if lines else None
+
+
+@contextmanager
+def _remembered_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C is only remembered, for the caller to ask; the second one is what it always was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # signals are the main thread's
+        return
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+    seen: list[int] = []
+
+    def remember(number: int, frame: object) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, whose: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise CheckpointError(f"the tokenizer of {whose} has tokens up to {largest}, and the model {rows} embeddings")
