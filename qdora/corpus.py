@@ -76,7 +76,7 @@ def _load_data(
         progress=lambda rows: tqdm(rows, desc="tokenize", unit=" rows", leave=False, disable=not is_main()),
         numbers=numbers,
     )
-    say(f"{source}: {encoded}")
+    say(f"{'to evaluate on, ' if evaluation else ''}{source}: {encoded}")
     return encoded
 
 

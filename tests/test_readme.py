@@ -27,30 +27,30 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def place(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny, tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
-    (tmp_path / "notes.jsonl").write_text(NOTE * 8)
+    for name in ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2.gguf"):
+        shutil.copytree(tiny, tmp_path / name)
+    shutil.copytree(ROOT / "tests" / "configs" / "Llama-3.1-8B", tmp_path / "meta-llama" / "Llama-3.1-8B")
+    for name in ("notes", "held-out"):
+        (tmp_path / f"{name}.jsonl").write_text(NOTE * 40)
     return tmp_path
 
 
 def test_the_commands(place: Path) -> None:
-    configs = blocks("yaml")
-    assert len(configs) == 1
-    (place / "notes.yaml").write_text(configs[0])
+    """The recorded session, the other screens, and the commands to type."""
+    (config,) = blocks("yaml")
+    (place / "notes.yaml").write_text(config)
     parse_train([str(place / "notes.yaml")])
-    commands = [
-        line
-        for block in blocks("bash")
-        for line in block.replace("\\\n", " ").splitlines()
-        if line and not line.startswith("#")
+    shown = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    typed = [line for block in blocks("bash") for line in block.splitlines() if line and not line.startswith("#")]
+    verbs = [shlex.split(line)[1:] for line in [*shown, *typed] if line.startswith("qdora ")]
+    assert [verb[0] for verb in verbs] == [
+        *["quantize", "init", "estimate", "train", "evaluate", "chat", "inspect", "merge", "estimate", "train"]
     ]
-    verbs = [shlex.split(line)[1:] for line in commands if line.startswith("qdora ")]
-    assert [verb[0] for verb in verbs] == ["estimate", "quantize", "train", "merge", "train"]
     for verb in verbs:
-        if verb[0] == "train":
-            shutil.rmtree(place / "adapter", ignore_errors=True)
         assert main(verb) == 0, verb
     assert (place / "merged" / "config.json").is_file()
-    for line in commands:
+    assert (place / "notes-adapter" / "report.md").is_file()
+    for line in typed:
         if line.startswith("scripts/"):
             script = ROOT / shlex.split(line)[0]
             assert os.access(script, os.X_OK), script
