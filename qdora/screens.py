@@ -113,4 +113,4 @@ def asked_for(given: Sequence[str]) -> str | None:
 
 def unknown_verb(name: str) -> str:
     """What to say of a verb that there is not."""
-    return f"unknown verb {name!r}{did_you_mean(name, VERBS)}; `qdora --help` lists them"
+    return f"unknown verb {name!r}{did_you_mean(name, VERBS) or '; `qdora --help` lists them'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,21 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert message in error
     assert "Traceback" not in error
     assert sorted(path.name for path in place.rglob("*")) == before
+
+
+def test_the_readme_s_mistakes(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each command there prints the line that stands below it."""
+    monkeypatch.chdir(place)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (usual,) = re.findall(r"\(`…` stands for\n`(.*?)`\)", readme)
+    (block,) = re.findall(r"their lines</summary>\n\n```text\n(.*?)\n```", readme, re.DOTALL)
+    lines = block.splitlines()
+    assert len(lines) == 40
+    for command, expected in zip(lines[::2], lines[1::2], strict=True):
+        assert main(command.removeprefix("$ qdora ").replace("…", usual).split()) == 2, command
+        assert capsys.readouterr().err.strip().splitlines()[-1] == expected
 
 
 def test_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import qdora
 from qdora import ConfigError, DataError
@@ -121,3 +122,17 @@ def test_rates_that_cannot_be_had() -> None:
     )
     with pytest.raises(ConfigError, match="--optim galore_adamw knows no rates of magnitude and direction"):
         AdapterTrainer.create_optimizer(trainer)
+
+
+def test_tensorboard_gets_the_figures(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    flags = {"eval_dataset": str(pairs_file), "eval_steps": 2, "report_to": "tensorboard"}
+    quick(tiny_nf4, pairs_file, tmp_path, max_steps=4, **flags)
+    (events,) = tmp_path.glob("runs/*/events.out.tfevents.*")
+    read = EventAccumulator(str(events))
+    read.Reload()
+    log = log_of(tmp_path)
+    for tag, name in (("train/loss", "loss"), ("eval/perplexity", "eval_perplexity"), ("eval/loss", "eval_loss")):
+        logged = {int(row["step"]): float(row[name]) for row in log if row[name]}
+        found = {event.step: event.value for event in read.Scalars(tag)}
+        assert found == pytest.approx(logged, rel=1e-5)
+    assert {"train/learning_rate", "train/tokens_per_second", "train/memory_gb"} <= set(read.Tags()["scalars"])
