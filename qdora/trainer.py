@@ -28,7 +28,7 @@ from qdora.progress import Progress, Speedometer
 from qdora.scoring import ScoredModel
 from qdora.sharding import Sharding, shard_root
 
-__all__ = ["AdapterTrainer", "KeepInputsOnHost"]
+__all__ = ["AdapterTrainer", "KeepInputsOnHost", "MeasureTheEnd"]
 
 
 class AdapterTrainer(SFTTrainer):
@@ -233,6 +233,14 @@ class AdapterTrainer(SFTTrainer):
 
 def _is_plain(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+
+
+class MeasureTheEnd(TrainerCallback):
+    """Evaluate, and save, after the last step too: otherwise what came after the last evaluation could not be kept."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
 
 
 class KeepInputsOnHost(TrainerCallback):

@@ -1,6 +1,6 @@
 """What training changes when the magnitude, the direction or neither is frozen: three runs, and `inspect` of each.
 
-    python scripts/measure_parts.py BASE DATA.jsonl [--steps 40]
+    python scripts/measure_parts.py BASE DATA.jsonl [--steps 30]
 
 What one expects: with the magnitude frozen ΔM is 0 and ΔD is not; with the direction frozen ΔD is 0 and ΔM is not; with
 both trained neither is. LoRA, which has no magnitude of its own, changes both by one update, and so together.
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("data", help="training rows")
     parser.add_argument("--eval_data", required=True, help="held-out rows")
     parser.add_argument("--eval_rows", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("runs/parts"))
     parser.add_argument("--results", type=Path, default=Path("runs/parts/parts.json"))
     arguments = parser.parse_args()
@@ -47,7 +47,7 @@ def main() -> None:
             max_steps=arguments.steps,
             per_device_train_batch_size=8,
             max_length=256,
-            learning_rate=5e-4,
+            learning_rate=1e-3,
             lr_scheduler_type="cosine",
             warmup_steps=5,
             gradient_checkpointing=False,

@@ -198,12 +198,14 @@ def _build_trainer(
     from datasets import Dataset
     from transformers import EarlyStoppingCallback
 
-    from qdora.trainer import AdapterTrainer, KeepInputsOnHost
+    from qdora.trainer import AdapterTrainer, KeepInputsOnHost, MeasureTheEnd
 
     training.dataloader_pin_memory &= training.device.type != "cpu"
     callbacks: list[Any] = []
     if run.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run.early_stopping_patience, run.early_stopping_threshold))
+    if training.load_best_model_at_end and training.eval_strategy == "steps":
+        callbacks.append(MeasureTheEnd())
     if training.activation_offloading:
         callbacks.append(KeepInputsOnHost(training.device))
         training.activation_offloading = False  # TRL would offload whatever is saved
