@@ -21,7 +21,7 @@ NOTE = '{"messages": [{"role": "user", "content": "Taxi, 12 euros"}, {"role": "a
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [text for _, text in re.findall(rf"^(`{{3,}}){language}\n(.*?)^\1$", README, re.DOTALL | re.MULTILINE)]
 
 
 @pytest.fixture
