@@ -209,8 +209,11 @@ def layer_of(path: str) -> int | None:
 
 
 def correlation(changes: Sequence[LinearChange]) -> float | None:
-    """Pearson's correlation of ΔM and ΔD over linears; None for fewer than three, or where one of them is constant."""
-    if len(changes) < 3:
+    """Pearson's correlation of ΔM and ΔD over linears; None for fewer than three, or where one of them is constant.
+
+    Where no magnitude moved, or no direction, there is only rounding to correlate with: None too.
+    """
+    if len(changes) < 3 or not any(c.magnitudes_moved for c in changes) or not any(c.directions_moved for c in changes):
         return None
     x = torch.tensor([change.delta_m for change in changes], dtype=torch.float64)
     y = torch.tensor([change.delta_d for change in changes], dtype=torch.float64)

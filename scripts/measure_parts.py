@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--eval_data", required=True, help="held-out rows")
     parser.add_argument("--eval_rows", type=int, default=48)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--keep", action="store_true", help="measure the adapters that are there, if there are any")
     parser.add_argument("--out", type=Path, default=Path("runs/parts"))
     parser.add_argument("--results", type=Path, default=Path("runs/parts/parts.json"))
     arguments = parser.parse_args()
@@ -39,22 +40,8 @@ def main() -> None:
     for name, flags in RUNS.items():
         print(f"\n{name}")
         out = arguments.out / name.replace(" ", "-")
-        qdora.train(
-            model_name_or_path=arguments.base,
-            dataset=arguments.data,
-            output_dir=str(out),
-            overwrite_output_dir=True,
-            max_steps=arguments.steps,
-            per_device_train_batch_size=8,
-            max_length=256,
-            learning_rate=1e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=5,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            disable_tqdm=True,
-            **flags,
-        )
+        if not (arguments.keep and (out / "adapter_config.json").is_file()):
+            train(arguments.base, arguments.data, out, arguments.steps, flags)
         report = qdora.inspect(out)
         print(report)
         measured = qdora.evaluate(
@@ -73,6 +60,25 @@ def main() -> None:
     print(table(figures))
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     write_result(arguments.results, {"steps": arguments.steps, "runs": figures}, device)
+
+
+def train(base: str, data: str, out: Path, steps: int, flags: dict[str, Any]) -> None:
+    qdora.train(
+        model_name_or_path=base,
+        dataset=data,
+        output_dir=str(out),
+        overwrite_output_dir=True,
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        max_length=256,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        **flags,
+    )
 
 
 def mean(values: Any) -> float:

@@ -6,6 +6,7 @@ Budget: 1e-9 relative, down to changes of 1e-12, whose 1 − cos is 1e-24: no co
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,8 @@ def test_correlation() -> None:
     assert correlation(points(*map(tuple, values.tolist()))) == pytest.approx(expected)  # type: ignore[arg-type]
     for few in (points(), points((1, 2), (2, 3)), points((1, 2), (1, 3), (1, 4)), points((1, 0), (2, 0), (3, 0))):
         assert correlation(few) is None
+    for part in ("magnitudes_moved", "directions_moved"):  # frozen: what it changed is rounding
+        assert correlation([replace(change, **{part: 0}) for change in points((1, 2), (2, 4), (3, 6))]) is None
     both = points((1, 1), (2, 2), (3, 3)) + points((1, 1), (2, 2), kind="k")
     assert correlations(both) == {"q": pytest.approx(1.0), "k": None}
     assert [len(members) for members in by_kind(both).values()] == [3, 2]

@@ -167,7 +167,7 @@ class InspectReport:
             ("magnitude", sum(change.moved and not change.magnitudes_moved for change in self.changes)),
             ("direction", sum(change.moved and not change.directions_moved for change in self.changes)),
         ):
-            lines += wrapped(f"{count} more only in {what}") if count else []
+            lines += wrapped(f"{count} more not in {what}") if count else []
         return lines
 
 
