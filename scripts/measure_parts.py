@@ -3,7 +3,7 @@
     python scripts/measure_parts.py BASE DATA.jsonl [--steps 30]
 
 What one expects: with the magnitude frozen ΔM is 0 and ΔD is not; with the direction frozen ΔD is 0 and ΔM is not; with
-both trained neither is. LoRA, which has no magnitude of its own, changes both by one update, and so together.
+both trained neither is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "magnitude frozen": {"freeze": "magnitude"},
     "direction frozen": {"freeze": "direction"},
     "both trained": {},
-    "LoRA": {"use_dora": False},
 }
 
 
