@@ -198,7 +198,7 @@ def test_the_command_line_and_the_merged_model(
     lines = [line for line in done.stdout.splitlines() if line]
     assert len(lines) == len(set(lines))  # the main process speaks alone
     assert sum("sharded over them (FSDP2)" in line for line in lines) == 1
-    assert lines[-1].startswith("next: qdora merge")
+    assert lines[-1].startswith("      qdora merge")
     assert_close(tmp_path / "adapter", alone)
     merged = []
     for adapter, out in ((tmp_path / "adapter", tmp_path / "merged"), (alone, tmp_path / "merged_alone")):

@@ -255,7 +255,7 @@ def test_rows_are_cut_and_counted_as_without_packing(
     both = {"eval_dataset": str(mixed_file), "eval_packing": False}
     train, evaluation = counts(packing=True, packing_strategy="bfd_split", **both)
     assert "cut" not in train
-    assert evaluation == plain[0]
+    assert evaluation == f"to evaluate on, {plain[0]}"
 
 
 def test_training_stops_before_rows_are_mixed_up(tmp_path: Path, mixed_file: Path, tokenizer: Any) -> None:
