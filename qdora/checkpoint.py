@@ -31,7 +31,7 @@ from qdora.nf4 import BLOCKSIZE, NF4Weight
 from qdora.output import write_json
 from qdora.stream import StreamedWeight
 
-__all__ = ["AdapterFile", "LinearAdapter", "load_adapter", "read_adapter", "save_adapter"]
+__all__ = ["AdapterFile", "LinearAdapter", "load_adapter", "loads_in_4bit", "read_adapter", "save_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -119,6 +119,21 @@ class AdapterFile:
                 f"16-bit; name the NF4 checkpoint it was trained on ({self.base_model}), or {otherwise}"
             )
         return self.base_kind == "nf4"
+
+
+def loads_in_4bit(asked: bool | None, is_nf4: bool, file: AdapterFile | None, model: str | Path) -> bool:
+    """Whether a model is quantized as it loads: as asked, or by default only if its adapter was trained on NF4.
+
+    Args:
+        asked: `--load_in_4bit`; None if nothing was said.
+        is_nf4: whether the model is in NF4 already.
+
+    Raises:
+        CheckpointError: see `AdapterFile.rounds`.
+    """
+    if asked is not None:
+        return asked
+    return not is_nf4 and file is not None and file.rounds(model, "choose by --load_in_4bit")
 
 
 def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False, write: bool = True) -> None:

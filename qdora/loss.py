@@ -13,13 +13,14 @@ Shape suffixes: T positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["CHUNK_BYTES", "IGNORED", "answer_loss", "nll_by_row", "summed_nll"]
+__all__ = ["CHUNK_BYTES", "IGNORED", "answer_loss", "nll_by_row", "summed_by_row", "summed_nll"]
 
 IGNORED = -100
 CHUNK_BYTES = 64 * 2**20
@@ -52,12 +53,26 @@ def nll_by_row(
     hidden: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
     """`answer_loss` of each row apart, (batch,) fp32, for evaluation: there is no gradient."""
+
+    def of_chunk(h_TH: Tensor, label_T: Tensor) -> Tensor:
+        return _chunk_nll(h_TH, weight_VH, bias_V, label_T[:, None], None)
+
+    return summed_by_row(of_chunk, hidden, labels, max(1, chunk_bytes // (4 * weight_VH.shape[0])))
+
+
+@torch.no_grad()
+def summed_by_row(nll: Callable[[Tensor, Tensor], Tensor], values: Tensor, labels: Tensor, step: int) -> Tensor:
+    """Σ −log p of each row over the positions whose next label is not -100, (batch,) fp32, some positions at a time.
+
+    Args:
+        nll: values (T, ·) of some positions and the tokens (T,) that should follow them → −log p, (T,) fp32.
+        values: (batch, length, ·), hidden states or logits.
+        step: positions at a time.
+    """
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    total = torch.zeros(labels.shape[0], dtype=torch.float32, device=hidden.device)
-    step = max(1, chunk_bytes // (4 * weight_VH.shape[0]))
+    total = torch.zeros(labels.shape[0], dtype=torch.float32, device=values.device)
     for row_T, column_T in zip(rows.split(step), columns.split(step), strict=True):
-        label_T1 = labels[row_T, column_T + 1][:, None]
-        total.index_add_(0, row_T, _chunk_nll(hidden[row_T, column_T], weight_VH, bias_V, label_T1, None))
+        total.index_add_(0, row_T, nll(values[row_T, column_T], labels[row_T, column_T + 1]))
     return total
 
 

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from qdora.base import BaseWeight
+from qdora.baseweights import StoredBase
 from qdora.dora import DoRALinear
 from qdora.errors import CheckpointError, ConfigError
 from qdora.inject import adapted_linears
-from qdora.model import is_nf4_checkpoint, model_linears
-from qdora.shards import ShardReader
 from qdora.sources import local_model
 
 __all__ = ["Compensation", "begin_with_residual"]
@@ -92,19 +91,17 @@ class _Original:
 
     def __init__(self, name: str | Path, trust_remote_code: bool) -> None:
         self._name, directory = name, local_model(name)
-        if is_nf4_checkpoint(directory, trust_remote_code):
+        self._stored = StoredBase(directory, trust_remote_code=trust_remote_code)
+        if self._stored.is_nf4:
             raise CheckpointError(f"{name} is in NF4 itself; name the 16-bit model that was quantized")
-        self._reader, linears = ShardReader(directory), model_linears(directory, (), trust_remote_code)
-        found = {linears.find(key): key for key in self._reader}
+        found = {self._stored.linears.find(key): key for key in self._stored.reader}
         self._keys: Mapping[str, str] = {path: key for path, key in found.items() if path is not None}
-        self._transposed = linears.transposed
 
     def read(self, path: str, layer: DoRALinear) -> Tensor:
         """(out_features, in_features) fp32."""
         if path not in self._keys:
             raise CheckpointError(f"{self._name} is another model: it has no linear {path!r}")
-        weight = self._reader.get(self._keys[path]).float()
-        weight = weight.t() if self._transposed[path] else weight
+        weight = self._stored.weight(self._keys[path]).dequantize(torch.float32)
         if weight.shape != (layer.out_features, layer.in_features):
             raise CheckpointError(
                 f"{self._name} is another model: {path} is {weight.shape[0]}×{weight.shape[1]} there and "

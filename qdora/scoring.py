@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
-from qdora.loss import CHUNK_BYTES, IGNORED, answer_loss, nll_by_row
+from qdora.loss import CHUNK_BYTES, answer_loss, nll_by_row, summed_by_row
 
 __all__ = ["ScoredModel"]
 
@@ -92,10 +92,8 @@ class ScoredModel(nn.Module):
 @torch.no_grad()
 def _nll_of_logits(logits: Tensor, labels: Tensor, chunk_bytes: int) -> Tensor:
     """Σ −log p of each row, (batch,) fp32, of logits (batch, length, vocabulary) that are all there."""
-    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    total = torch.zeros(labels.shape[0], dtype=torch.float32, device=logits.device)
-    step = max(1, chunk_bytes // (4 * logits.shape[-1]))
-    for row_T, column_T in zip(rows.split(step), columns.split(step), strict=True):
-        chunk = logits[row_T, column_T].float()
-        total.index_add_(0, row_T, functional.cross_entropy(chunk, labels[row_T, column_T + 1], reduction="none"))
-    return total
+
+    def of_chunk(logits_TV: Tensor, label_T: Tensor) -> Tensor:
+        return functional.cross_entropy(logits_TV.float(), label_T, reduction="none")
+
+    return summed_by_row(of_chunk, logits, labels, max(1, chunk_bytes // (4 * logits.shape[-1])))

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from qdora.checkpoint import read_adapter
+from qdora.checkpoint import loads_in_4bit, read_adapter
 from qdora.conversation import Answer, Conversation, Sampling
 from qdora.errors import CheckpointError, ConfigError, DataError
 from qdora.generation import place_of
@@ -118,11 +118,7 @@ def chat(
     terminal = terminal or Terminal.standard()
     source, file = local_model(model), None if adapter is None else read_adapter(adapter)
     packed, place = is_nf4_checkpoint(source, trust_remote_code), pick_device(device)
-    in_4bit = (
-        load_in_4bit
-        if load_in_4bit is not None
-        else not packed and file is not None and file.rounds(model, "choose by --load_in_4bit")
-    )
+    in_4bit = loads_in_4bit(load_in_4bit, packed, file, model)
     tokenizer, whose = tokenizer_of(source, adapter, trust_remote_code)
     loaded = load_model(
         source,

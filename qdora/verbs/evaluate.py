@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from qdora.answers import Question, answer, count_matches, questions
-from qdora.checkpoint import read_adapter
+from qdora.checkpoint import loads_in_4bit, read_adapter
 from qdora.choices import Accuracy, Choice, accuracy, choice_rows
 from qdora.data import EncodedData, encode
 from qdora.errors import CheckpointError, DataError
@@ -149,14 +149,12 @@ def evaluate(
     rows = read_rows(dataset, dataset_split)[:max_rows]
     chosen = choice_rows(rows, dataset, choices)
     place = pick_device(device)
-    if load_in_4bit is None:
-        load_in_4bit = not packed and file is not None and file.rounds(model, "choose by --load_in_4bit")
     loaded = load_model(
         source,
         adapter,
         dtype=dtype or usual_dtype(source, adapter is not None, place),
         device=place,
-        load_in_4bit=load_in_4bit,
+        load_in_4bit=loads_in_4bit(load_in_4bit, packed, file, model),
         stream_base=stream_base,
         embedding_on_host=embedding_on_host,
         trust_remote_code=trust_remote_code,
