@@ -64,6 +64,9 @@ def by_llama_cpp(gguf: Path, chats: list[Chat], max_new_tokens: int) -> list[str
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.n_ctx = 2048
+    params.verbosity = 0
+    for cpu in (params.cpuparams, params.cpuparams_batch):
+        cpu.n_threads = torch.get_num_threads()
     server = xllamacpp.Server(params)
     answers = []
     for chat in tqdm(chats, desc="llama.cpp", leave=False):
