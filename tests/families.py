@@ -29,7 +29,28 @@ DENSE: dict[str, dict[str, Any]] = {
     "phi3": {},  # q, k and v in one linear, gate and up in another
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},  # Conv1D: (in, out)
 }
-FAMILIES = DENSE
+_ROUTED: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},  # w1, w3 and w2 under block_sparse_moe
+    "qwen2_moe": {**_ROUTED, "shared_expert_intermediate_size": 64},  # and an expert for every token, gated
+    "qwen3_moe": {**_ROUTED, "head_dim": 32},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {  # low-rank attention, a dense layer first, shared experts
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+}
+FAMILIES = DENSE | MIXTURES
 
 
 def make_family(name: str, directory: Path, **changes: Any) -> Path:
