@@ -1,24 +1,28 @@
-"""Mixtures of experts: each routed expert's matrices as linears of their own, and only those that are asked for compute.
+"""Mixtures of experts: each routed expert's matrices are linears of their own, and compute only where tokens come.
 
-The idea. transformers 5 keeps the experts of a layer in two stacked parameters, (E, 2I, H) for gate and up and (E, H, I)
-for down; they are nine tenths of such a model, and bitsandbytes packs only linears. On the Hub they lie as they were
-trained, a matrix for each expert and projection. So they are here too: a `FrozenLinear` each, with an NF4 weight of its
-own. What is true of every other linear is then true of them, with nothing written twice: they are quantized from their
-files one by one, multiplied tile by tile, streamed with their layer, counted by the estimate, given adapters (DoRA with a
-magnitude for each output of each expert), saved under the names that PEFT has for them, and merged.
+The idea. transformers 5 keeps the experts of a layer in two stacked parameters, (E, 2I, H) for gate and up and
+(E, H, I) for down; they are nine tenths of such a model, and bitsandbytes packs only linears. On the Hub they lie as
+they were trained, a matrix for each expert and projection. So they are here too: a `FrozenLinear` each, with an NF4
+weight of its own. What is true of every other linear is then true of them, with nothing written twice: they are
+quantized from their files one by one, multiplied tile by tile, streamed with their layer, counted by the estimate,
+given adapters (DoRA with a magnitude for each output of each expert), saved under the names that PEFT has for them,
+and merged.
 
 The forward sorts the tokens by expert and runs each expert that has any on its own tokens. An expert without tokens is
-not dequantized, and a dense copy of an expert larger than a tile never exists. The sums over a token's experts are fp32.
+not dequantized, and no dense copy of a matrix larger than a tile ever exists. The sum over a token's experts is fp32.
 
-The constraint. A module is taken for experts by what it is: nothing but the two stacks, of shapes that agree, an
-activation, and transformers' description of the arithmetic (`use_experts_implementation`) that says gated, concatenated,
-not transposed, without biases and without a norm behind. What is otherwise (GPT-OSS: transposed, interleaved, with
-biases) stays as transformers made it, in 16 bits. How gate and up are joined is left to the module's own `_apply_gate`,
-for some families clamp.
+The constraint. A module is taken for experts by what it is: nothing but the two stacks, of shapes that agree, and
+transformers' description of the arithmetic (`use_experts_implementation`), which must say gated, concatenated, not
+transposed, without biases and without a norm behind. What is otherwise (GPT-OSS: transposed, interleaved, with biases)
+stays as transformers made it, in 16 bits. How gate and up are joined is left to the module's own method, for some
+families clamp.
 
 The rejected alternatives. A stack quantized as one tensor is a format that nobody else reads. A forward registered with
 transformers (`ALL_EXPERTS_FUNCTIONS`) is chosen for the whole model by a name in its config, and would need the packed
 stacks to be parameters of transformers' own class.
+
+The price: three products for each expert with tokens, one after the other, where a grouped kernel over dense stacks has
+one for all. On a GPU with many small experts the launches will show.
 
 Shape suffixes: T tokens, S = T·k choices (k experts a token), H hidden size, I intermediate size, E experts.
 """
@@ -37,7 +41,16 @@ from qdora.dense import DenseWeight
 from qdora.distributed import processes
 from qdora.dora import FrozenLinear
 
-__all__ = ["STACKS", "RoutedExperts", "count_choices", "expand_experts", "hollow_experts", "most_uneven", "router_paths", "stacks_left"]
+__all__ = [
+    "STACKS",
+    "RoutedExperts",
+    "count_choices",
+    "expand_experts",
+    "hollow_experts",
+    "most_uneven",
+    "router_paths",
+    "stacks_left",
+]
 
 STACKS = {"gate_up_proj", "down_proj"}
 _USUAL_NAMES = ("gate_proj", "up_proj", "down_proj")

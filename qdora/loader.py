@@ -1,13 +1,14 @@
 """transformers' loading in 4 bits, with the experts left to us.
 
-transformers packs linears, and nothing else: the experts of a mixture it would stack, a layer at a time, in 16 bits. So
-its loader is told by a quantizer of our own, registered as transformers lets anybody register one, to load the model
-without experts; and their weights are then read from the files one by one, as they lie there: an NF4 weight as it is, a
-16-bit one quantized at once. Memory never holds a stack.
+transformers packs linears, and nothing else: the experts of a mixture it would stack, a layer at a time, in 16 bits.
+So its loader is told by a quantizer of our own, registered as transformers lets anybody register one, to load the model
+without experts; and their weights are then read from the files one by one, as they lie there: an NF4 weight as it is,
+a 16-bit one quantized at once. Memory never holds a stack, unless the files do.
 
-On disk an expert's weight in NF4 is what bitsandbytes makes of any linear's, under the key that the weight has in 16
-bits (`….experts.3.up_proj.weight` beside `….experts.3.up_proj.weight.absmax` and so on): the format that transformers 4,
-whose experts were linears, wrote. transformers 5 cannot read it; it stops with an error.
+On disk an expert's weight in NF4 is what bitsandbytes makes of any linear's, under the key that it has in 16 bits
+(`….experts.3.up_proj.weight` beside `….experts.3.up_proj.weight.absmax` and so on): the format of transformers 4, whose
+experts were linears. transformers 5 does not read it, and never wrongly: it stops while loading (5.23) or at the first
+forward (5.17).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class NF4Config(BitsAndBytesConfig):
 
     @classmethod
     def of_checkpoint(cls, found: dict[str, Any]) -> dict[str, Any]:
-        """What to put in the place of a checkpoint's `quantization_config`: transformers looks for `load_in_4bit` first."""
+        """A checkpoint's `quantization_config`, so put that transformers asks for the method by its name."""
         return {**{name: value for name, value in found.items() if "load_in" not in name}, "quant_method": _METHOD}
 
 

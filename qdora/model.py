@@ -106,7 +106,9 @@ def load_model(
                 source,
                 config=config,
                 dtype=compute_dtype(dtype),
-                quantization_config=NF4Config(**nf4_config(compute_dtype(dtype)).to_dict()) if not packed and in_nf4 else None,
+                quantization_config=NF4Config(**nf4_config(compute_dtype(dtype)).to_dict())
+                if not packed and in_nf4
+                else None,
                 device_map={"": loading_place},
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,

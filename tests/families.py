@@ -58,7 +58,9 @@ def make_family(name: str, directory: Path, **changes: Any) -> Path:
     tokenizer = make_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     settings = {} if name == "gpt2" else _COMMON
-    config = AutoConfig.for_model(name, **{**settings, "vocab_size": len(tokenizer), **ids, **FAMILIES[name], **changes})
+    config = AutoConfig.for_model(
+        name, **{**settings, "vocab_size": len(tokenizer), **ids, **FAMILIES[name], **changes}
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     _draw(model)
