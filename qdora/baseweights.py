@@ -14,7 +14,7 @@ from qdora.checkpoint import AdapterFile
 from qdora.dense import DenseWeight
 from qdora.errors import CheckpointError
 from qdora.model import is_nf4_checkpoint, model_linears
-from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4
+from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4, states_by_weight
 from qdora.shards import ShardReader
 
 __all__ = ["StoredBase"]
@@ -36,9 +36,7 @@ class StoredBase:
         self.through_nf4 = through_nf4 and not self.is_nf4
         self.reader = ShardReader(directory)
         self.linears = model_linears(directory, (), trust_remote_code)
-        self._states: dict[str, list[str]] = {}
-        for key in filter(is_nf4_key, self.reader):
-            self._states.setdefault(f"{key.rpartition('.weight.')[0]}.weight", []).append(key)
+        self._states = states_by_weight(self.reader)
 
     @property
     def kind(self) -> str:
@@ -83,5 +81,5 @@ class StoredBase:
         return self._unpacked(key, tensor).dequantize(torch.float32) if key in self._states else tensor
 
     def _unpacked(self, key: str, packed: Tensor) -> NF4Weight:
-        states = {part[len(key) + 1 :]: self.reader.get(part) for part in self._states[key]}
+        states = {part[len(key) + 1 :]: tensor for part, tensor in self.reader.get_all(self._states[key]).items()}
         return NF4Weight.from_tensors({"": packed, **states})

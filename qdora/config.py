@@ -11,9 +11,11 @@ from typing import TypeVar
 
 from qdora.errors import ConfigError
 
-__all__ = ["ALL_LINEAR", "AdapterConfig"]
+__all__ = ["ALL_LINEAR", "AdapterConfig", "is_named"]
 
 ALL_LINEAR = "all-linear"
+# The path of the experts, and the name of a linear in one of them.
+_ROUTED = re.compile(r"(.*\.experts|experts)\.\d+\.(.+)")
 _Number = TypeVar("_Number", int, float)
 _DTYPES = ("bfloat16", "float32")
 
@@ -37,8 +39,9 @@ class AdapterConfig:
     use_rslora: bool = False
     """Rank-stabilized scaling (arXiv 2312.03732)."""
     target_modules: str | tuple[str, ...] = ALL_LINEAR
-    """`"all-linear"` (every linear but the head), names such as `("q_proj", "v_proj")`, matched against the last
-    parts of a module's path as PEFT does, or one regular expression for the whole path."""
+    """`"all-linear"` (every linear but the head and those of routed experts), names such as `("q_proj", "v_proj")`,
+    matched against the last parts of a module's path as PEFT does, or one regular expression for the whole path. Routed
+    experts have adapters only if a name says so: `"experts"` for all their linears, `"experts.down_proj"` for one."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks for modules whose path ends in a match of the pattern."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -73,10 +76,10 @@ class AdapterConfig:
     def targets(self, module: str) -> bool:
         """Whether the linear at this dotted path gets an adapter."""
         if self.target_modules == ALL_LINEAR:
-            return True
+            return _ROUTED.fullmatch(module) is None
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+        return any(is_named(module, name) for name in self.target_modules)
 
     def rank_of(self, module: str) -> int:
         """The rank of the adapter at this path."""
@@ -90,6 +93,17 @@ class AdapterConfig:
         """The factor on B·A at this path."""
         rank = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def is_named(module: str, name: str) -> bool:
+    """Whether a name of `target_modules` means the linear at this path."""
+    routed = _ROUTED.fullmatch(module)
+    if routed is None or module == name:
+        return module == name or module.endswith(f".{name}")
+    experts, linear = routed.groups()
+    # The number in between is nobody's to write; and "up_proj" means the plain ones.
+    means = "experts" in name.split(".")
+    return means and any(f".{path}".endswith(f".{name}") for path in (experts, f"{experts}.{linear}"))
 
 
 def _first_match(pattern_values: Mapping[str, _Number], module: str, default: _Number) -> _Number:

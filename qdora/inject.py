@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qdora.base import BaseWeight
-from qdora.config import AdapterConfig
+from qdora.config import AdapterConfig, is_named
 from qdora.dense import DenseWeight
 from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import CheckpointError, ConfigError
+from qdora.experts import router_paths
 from qdora.nearest import did_you_mean
 from qdora.nf4 import NF4Weight, is_packed_linear
 
@@ -33,9 +34,13 @@ __all__ = [
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of the linears that may carry an adapter: every one but the output head."""
-    head = _head_of(model)
-    return [path for path, module in model.named_modules() if _is_linear(module) and module is not head]
+    """Paths of the linears that may carry an adapter: every one but the output head and what chooses among experts."""
+    head, routers = _head_of(model), set(router_paths(model))
+    return [
+        path
+        for path, module in model.named_modules()
+        if _is_linear(module) and module is not head and path not in routers
+    ]
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
@@ -187,7 +192,7 @@ def _base_of(module: nn.Module) -> tuple[BaseWeight, Tensor | None]:
 
 def _check_each_is_found(names: tuple[str, ...], targets: list[str], paths: list[str]) -> None:
     for name in names:
-        if not any(path == name or path.endswith(f".{name}") for path in targets):
+        if not any(is_named(path, name) for path in targets):
             known = sorted({path.rpartition(".")[2] for path in paths})
             raise ConfigError(
                 f"target module {name!r} matches no linear (there are {', '.join(known)}){did_you_mean(name, known)}"

@@ -30,7 +30,9 @@ from qdora import checkpoint, stream
 from qdora.config import AdapterConfig
 from qdora.dora import FrozenLinear
 from qdora.errors import CheckpointError, ConfigError, reason
+from qdora.experts import expand_experts, router_paths, stacks_left
 from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
+from qdora.loader import KeyNames, NF4Config, fill_experts, key_names
 from qdora.nf4 import NF4Weight
 from qdora.offload import keep_embedding_on_host
 from qdora.sharding import Sharding, attach_and_shard
@@ -91,18 +93,23 @@ def load_model(
     source, place = local_model(path), pick_device(device)
     if sharding is not None and (stream_base or embedding_on_host or not isinstance(adapter, AdapterConfig)):
         raise ConfigError("a sharded model takes fresh adapters, and neither stream_base nor embedding_on_host")
+    loading_place = torch.device("cpu") if stream_base or embedding_on_host or sharding else place
     config = _load_config(source, trust_remote_code)
     packed = _check_quantization(config, source)
     reader = ShardReader(source)  # finds damaged files, and says so better than the loading below
-    quantization = None if packed or not load_in_4bit else nf4_config(compute_dtype(dtype))
+    in_nf4 = packed or load_in_4bit
+    if packed:
+        config.quantization_config = NF4Config.of_checkpoint(_quantization_of(config))
     with quietly():
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
                 dtype=compute_dtype(dtype),
-                quantization_config=quantization,
-                device_map={"": "cpu" if stream_base or embedding_on_host or sharding else place},
+                quantization_config=NF4Config(**nf4_config(compute_dtype(dtype)).to_dict())
+                if not packed and in_nf4
+                else None,
+                device_map={"": loading_place},
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -116,6 +123,10 @@ def load_model(
     freeze_packed(model, compute_dtype(dtype))
     _take_off_marks(model)
     _cast_parameters(model, compute_dtype(dtype))
+    if in_nf4:
+        fill_experts(model, reader, not packed, compute_dtype(dtype), loading_place)
+    else:
+        expand_experts(model)
     model.requires_grad_(False)
     if stream_base:
         stream.stream_base(model, place)
@@ -168,21 +179,19 @@ class Linears:
     transposed: dict[str, bool]
     """Path of the linear in the model → whether its weight is stored (in, out), as GPT-2's `Conv1D` does."""
     skipped: tuple[str, ...]
-    """The modules that stay 16-bit: the head and what the user named."""
+    """The modules that stay 16-bit: the head, what chooses among experts and what the user named."""
     shapes: dict[str, tuple[int, int]]
     """Path of the linear → (out_features, in_features)."""
-    prefix: str
-    """Of the base model (`model`, `transformer`), which some checkpoints leave out of their keys."""
+    names: KeyNames
+    stacks: tuple[str, ...] = ()
+    """Experts that are no linears and stay 16-bit, for their stacks are of a kind that is not known here."""
 
     def find(self, key: str) -> str | None:
         """The path of the linear whose weight is stored under this key; None if it is no linear's."""
         path = key.removesuffix(".weight")
         if path == key:
             return None
-        for candidate in (path, f"{self.prefix}.{path}", path.removeprefix(f"{self.prefix}.")):
-            if candidate in self.transposed:
-                return candidate
-        return None
+        return next((name for name in self.names.candidates(path) if name in self.transposed), None)
 
     def quantizes(self, path: str) -> bool:
         """Whether this linear becomes NF4."""
@@ -204,7 +213,8 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
     linears = {path: model.get_submodule(path) for path in linear_paths(model)}
     transposed = {path: isinstance(linear, Conv1D) for path, linear in linears.items()}
     shapes = {path: linear_shape(linear) for path, linear in linears.items()}
-    return Linears(transposed, (*heads, *skip_modules), shapes, model.base_model_prefix)
+    stays = (*heads, *router_paths(model), *skip_modules)
+    return Linears(transposed, stays, shapes, key_names(model), tuple(stacks_left(model)))
 
 
 def hollow_model(
@@ -250,7 +260,9 @@ def _without_weights(
         del config.quantization_config
     try:
         with torch.device("meta"), quietly():
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            expand_experts(model)
+            return model
     except Exception as error:
         # a config may be nonsense in more ways than there are kinds of errors
         raise CheckpointError(f"{source} is no causal language model: {reason(error)}") from None

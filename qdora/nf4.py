@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 # On import, its CPU backend advises an optional package for a kernel that is not used here.
@@ -56,7 +56,7 @@ from qdora.base import KeepsDtype
 from qdora.errors import CheckpointError
 from qdora.workspace import workspace_of
 
-__all__ = ["BLOCKSIZE", "NF4Weight", "is_nf4_key", "is_packed_linear", "quantize_nf4"]
+__all__ = ["BLOCKSIZE", "NF4Weight", "is_nf4_key", "is_packed_linear", "quantize_nf4", "states_by_weight"]
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -297,6 +297,14 @@ def quantize_nf4(weight: Tensor, double_quant: bool = True, device: str | torch.
 def is_packed_linear(module: nn.Module) -> bool:
     """Whether this is bitsandbytes' 4-bit linear."""
     return isinstance(module, Linear4bit)
+
+
+def states_by_weight(keys: Iterable[str]) -> dict[str, list[str]]:
+    """For each NF4 weight of a checkpoint, by its key, the keys of its quant state."""
+    states: dict[str, list[str]] = {}
+    for key in filter(is_nf4_key, keys):
+        states.setdefault(f"{key.rpartition('.weight.')[0]}.weight", []).append(key)
+    return states
 
 
 def is_nf4_key(key: str) -> bool:

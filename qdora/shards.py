@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,20 @@ class ShardReader:
                 return file.get_tensor(key).clone()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {key!r} from {self._file_of[key]}: {error}") from None
+
+    def get_all(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Read several tensors, opening each file once: that takes long where a file holds a hundred thousand."""
+        found: dict[str, Tensor] = {}
+        by_file: dict[Path, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self._file_of[key], []).append(key)
+        for file, names in by_file.items():
+            try:
+                with safe_open(file, framework="pt") as content:
+                    found |= {name: content.get_tensor(name).clone() for name in names}
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"cannot read {names[0]!r} and others from {file}: {error}") from None
+        return found
 
     def files(self) -> list[Path]:
         """The files that hold the tensors."""

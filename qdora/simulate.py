@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qdora.experts import RoutedExperts, most_uneven
 from qdora.inject import decoder_layers
 from qdora.loss import summed_nll
 from qdora.workspace import Workspace, assume
@@ -298,6 +299,9 @@ class _Step:
 def _materialize(model: nn.Module) -> None:
     """From the meta device to fake tensors of the CPU, whose kernels decide what is kept."""
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
+    for experts in model.modules():
+        if isinstance(experts, RoutedExperts):
+            experts.count = most_uneven  # fakes have no values to count
 
 
 def _leave_out_needless_masks(model: Any) -> None:

@@ -7,6 +7,7 @@ transformers' for bitsandbytes, so plain `AutoModelForCausalLM.from_pretrained` 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -40,6 +41,13 @@ class QuantizeReport:
     errors: dict[str, float] = field(default_factory=dict)
     """Path of each quantized linear → ‖W − Ŵ‖/‖W‖."""
     kept_linears: list[str] = field(default_factory=list)
+    kept_experts: tuple[str, ...] = ()
+    """Paths of experts whose stacks cannot be taken apart."""
+
+    @property
+    def share_in_nf4(self) -> float:
+        """Of the model's values."""
+        return self.quantized_values / max(1, self.quantized_values + self.kept_values)
 
     @property
     def bits_per_weight(self) -> float:
@@ -52,12 +60,16 @@ class QuantizeReport:
         lines = [
             f"{format_bytes(self.bytes_before)} → {format_bytes(self.bytes_after)}, "
             f"{8 * self.bytes_after / max(1, values):.2f} bits per weight: {len(self.errors)} linears, "
-            f"{100 * self.quantized_values / max(1, values):.0f} % of the weights, in NF4 at "
+            f"{100 * self.share_in_nf4:.0f} % of the weights, in NF4 at "
             f"{self.bits_per_weight:.2f} bits per weight; the rest in 16 bits",
             "relative error of the worst layers: " + ", ".join(f"{path} {error:.4f}" for path, error in worst),
         ]
         if self.kept_linears:
-            lines.append(f"kept in 16 bits as asked: {', '.join(self.kept_linears)}")
+            lines.append(f"kept in 16 bits as asked: {', '.join(_without_numbers(self.kept_linears))}")
+        if self.kept_experts:
+            lines.append(
+                f"kept in 16 bits, for their layout is not one that qdora takes apart: {', '.join(self.kept_experts)}"
+            )
         return "\n".join(lines)
 
 
@@ -105,7 +117,7 @@ def quantize(
         reader = ShardReader(source)
         linears = model_linears(source, tuple(skip_modules), trust_remote_code)
         directory = stack.enter_context(new_directory(out, overwrite))
-        report = QuantizeReport(Path(out), bytes_before=reader.total_bytes)
+        report = QuantizeReport(Path(out), bytes_before=reader.total_bytes, kept_experts=linears.stacks)
         with ShardWriter(directory, shard_bytes) as writer, _progress(reader) as bar:
             for key in reader:
                 for name, tensor in _convert(key, reader.get(key), linears, kept_dtype, double_quant, target, report):
@@ -174,6 +186,11 @@ def _write_config(source: Path, directory: Path, linears: Linears, dtype: torch.
     config.pop("torch_dtype", None)
     config["quantization_config"] = nf4_config(dtype, double_quant, linears.skipped).to_dict()
     write_json(directory / "config.json", config)
+
+
+def _without_numbers(paths: Sequence[str]) -> list[str]:
+    """Each path once, whatever the number of the expert."""
+    return list(dict.fromkeys(re.sub(r"\.experts\.\d+\.", ".experts.*.", path) for path in paths))
 
 
 def _progress(reader: ShardReader) -> tqdm:

@@ -1,0 +1,216 @@
+"""Mixtures of experts: each routed expert's matrices are linears of their own, and compute only where tokens come.
+
+The idea. transformers 5 keeps the experts of a layer in two stacked parameters, (E, 2I, H) for gate and up and
+(E, H, I) for down; they are nine tenths of such a model, and bitsandbytes packs only linears. On the Hub they lie as
+they were trained, a matrix for each expert and projection. So they are here too: a `FrozenLinear` each, with an NF4
+weight of its own. What is true of every other linear is then true of them, with nothing written twice: they are
+quantized from their files one by one, multiplied tile by tile, streamed with their layer, counted by the estimate,
+given adapters (DoRA with a magnitude for each output of each expert), saved under the names that PEFT has for them,
+and merged.
+
+The forward sorts the tokens by expert and runs each expert that has any on its own tokens. An expert without tokens is
+not dequantized, and no dense copy of a matrix larger than a tile ever exists. The sum over a token's experts is fp32.
+
+The constraint. A module is taken for experts by what it is: nothing but the two stacks, of shapes that agree, and
+transformers' description of the arithmetic (`use_experts_implementation`), which must say gated, concatenated, not
+transposed, without biases and without a norm behind. What is otherwise (GPT-OSS: transposed, interleaved, with biases)
+stays as transformers made it, in 16 bits. How gate and up are joined is left to the module's own method, for some
+families clamp.
+
+The rejected alternatives. A stack quantized as one tensor is a format that nobody else reads. A forward registered with
+transformers (`ALL_EXPERTS_FUNCTIONS`) is chosen for the whole model by a name in its config, and would need the packed
+stacks to be parameters of transformers' own class.
+
+The price: three products for each expert with tokens, one after the other, where a grouped kernel over dense stacks has
+one for all. On a GPU with many small experts the launches will show.
+
+Shape suffixes: T tokens, S = T·k choices (k experts a token), H hidden size, I intermediate size, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from qdora.base import BaseWeight
+from qdora.dense import DenseWeight
+from qdora.distributed import processes
+from qdora.dora import FrozenLinear
+
+__all__ = [
+    "STACKS",
+    "RoutedExperts",
+    "count_choices",
+    "expand_experts",
+    "hollow_experts",
+    "most_uneven",
+    "router_paths",
+    "stacks_left",
+]
+
+STACKS = {"gate_up_proj", "down_proj"}
+_USUAL_NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+class RoutedExperts(nn.Module):
+    """The experts of a layer, each with three linears; takes the place of transformers' stacked ones.
+
+    Args:
+        original: the stacked module. Its stacks are taken out of it; how it joins gate and up stays in use.
+
+    It has no experts until `fill` makes them.
+    """
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_size, self.intermediate_size = original.down_proj.shape
+        self.names = _names_in_files(getattr(original.config, "model_type", None)) or _USUAL_NAMES
+        for name in STACKS:
+            delattr(original, name)
+        # A method, which keeps its module out of this one: transformers would look for the stacks to initialize them.
+        self._join: Callable[[Tensor], Tensor] = original._apply_gate
+        self.count: Callable[[Tensor, int, int], list[int]] = count_choices
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, hidden={self.hidden_size}, intermediate={self.intermediate_size}"
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Name → (out_features, in_features) of one expert's linears: gate, up and down."""
+        gate, up, down = self.names
+        inwards, outwards = (self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)
+        return {gate: inwards, up: inwards, down: outwards}
+
+    def cut(self, gate_up_E2IH: Tensor, down_EHI: Tensor, number: int, name: str) -> Tensor:
+        """A window on the stacks: the matrix of one expert's linear, (out_features, in_features)."""
+        gate, _, down = self.names
+        if name == down:
+            return down_EHI[number]
+        half = self.intermediate_size
+        return gate_up_E2IH[number, :half] if name == gate else gate_up_E2IH[number, half:]
+
+    def fill(self, weight_of: Callable[[int, str], BaseWeight]) -> None:
+        """Make the experts.
+
+        Args:
+            weight_of: the weight of an expert's linear, by the expert's number and the linear's name.
+        """
+        for number in range(self.num_experts):
+            linears = {name: FrozenLinear(weight_of(number, name)) for name in self.names}
+            self.add_module(str(number), nn.ModuleDict(linears))
+
+    def forward(self, hidden_TH: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
+        """Σ over each token's k experts of weight · expert(token), (T, H); the arguments are transformers'."""
+        choice_S, order_S = expert_Tk.reshape(-1).sort(stable=True)
+        token_S, weight_S = order_S // expert_Tk.shape[-1], weight_Tk.reshape(-1)[order_S]
+        counts = self.count(choice_S, self.num_experts, expert_Tk.shape[-1])
+        total_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
+        # Processes reduce the gradients of adapters together, so each must have some of every adapter.
+        runs_idle = processes() > 1 and torch.is_grad_enabled()
+        for number, (token_N, weight_N) in enumerate(zip(token_S.split(counts), weight_S.split(counts), strict=True)):
+            if len(token_N) or (runs_idle and self._trains(number)):
+                y_NH = self._expert(number, hidden_TH[token_N]) * weight_N[:, None]
+                total_TH.index_add_(0, token_N, y_NH.float())
+        return total_TH.to(hidden_TH.dtype)
+
+    def _expert(self, number: int, x_NH: Tensor) -> Tensor:
+        gate, up, down = (self.get_submodule(f"{number}.{name}") for name in self.names)
+        y_NH: Tensor = down(self._join(torch.cat([gate(x_NH), up(x_NH)], dim=-1)))
+        return y_NH
+
+    def _trains(self, number: int) -> bool:
+        return any(parameter.requires_grad for parameter in self.get_submodule(str(number)).parameters())
+
+
+def count_choices(choice_S: Tensor, experts: int, per_token: int) -> list[int]:
+    """How many of the choices fell on each expert."""
+    found: list[int] = torch.bincount(choice_S, minlength=experts).tolist()
+    return found
+
+
+def most_uneven(choice_S: Tensor, experts: int, per_token: int) -> list[int]:
+    """The counts that take most memory, for choices without values: one expert has every token, the rest is shared."""
+    tokens, others = len(choice_S) // per_token, max(1, experts - 1)
+    share, over = divmod(len(choice_S) - tokens, others)
+    return [tokens, *(share + (number < over) for number in range(experts - 1))]
+
+
+def hollow_experts(model: nn.Module) -> dict[str, RoutedExperts]:
+    """Put `RoutedExperts` without experts in the place of every stacked module, in place, and drop the stacks.
+
+    Returns:
+        By path in the model.
+    """
+    found = {path: module for path, module in model.named_modules() if _is_stacked(path, module)}
+    hollow = {path: RoutedExperts(module) for path, module in found.items()}
+    for path, experts in hollow.items():
+        model.set_submodule(path, experts)
+    return hollow
+
+
+def expand_experts(model: nn.Module) -> None:
+    """As `hollow_experts`, and fill them with windows on the stacks that were there, which are not copied."""
+    stacks = {
+        path: (module.gate_up_proj, module.down_proj)
+        for path, module in model.named_modules()
+        if _is_stacked(path, module)
+    }
+    for path, experts in hollow_experts(model).items():
+
+        def weight_of(
+            number: int, name: str, experts: RoutedExperts = experts, of: Sequence[Tensor] = stacks[path]
+        ) -> BaseWeight:
+            return DenseWeight(experts.cut(*of, number, name))
+
+        experts.fill(weight_of)
+
+
+def router_paths(model: nn.Module) -> list[str]:
+    """Paths of the linears beside experts, which choose among them or weigh them: they stay as they are."""
+    return [
+        f"{path.rpartition('.')[0]}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, RoutedExperts)
+        for name, sibling in model.get_submodule(path.rpartition(".")[0]).named_children()
+        if isinstance(sibling, nn.Linear | FrozenLinear)
+    ]
+
+
+def stacks_left(model: nn.Module) -> Iterator[str]:
+    """Paths of the experts whose stacks are of another kind than those that become linears."""
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] == "experts" and any(p.dim() > 2 for p in module.parameters(recurse=False)):
+            yield path
+
+
+def _is_stacked(path: str, module: Any) -> bool:
+    """Whether these are experts of the kind that the top of this file tells."""
+    stacks = dict(module.named_parameters(recurse=False))
+    if path.rpartition(".")[2] != "experts" or stacks.keys() != STACKS or not hasattr(module, "_apply_gate"):
+        return False
+    gate_up, down = stacks["gate_up_proj"], stacks["down_proj"]
+    if gate_up.dim() != 3 or gate_up.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
+        return False
+    described = module.has_gate and module.is_concatenated and not module.is_transposed and not module.has_bias
+    in_files_apart = _names_in_files(getattr(module.config, "model_type", None)) is not None
+    return described and in_files_apart and not getattr(module, "has_post_expert_norm", False)
+
+
+def _names_in_files(model_type: str | None) -> tuple[str, str, str] | None:
+    """What gate, up and down are called in this family's files (Mixtral: w1, w3, w2); None if they lie there otherwise.
+
+    transformers knows how it puts the stacks together.
+    """
+    sources = {
+        transform.target_patterns[0].rpartition(".")[2]: transform.source_patterns
+        for transform in get_checkpoint_conversion_mapping(model_type) or ()
+        if transform.target_patterns[0].endswith((".experts.gate_up_proj", ".experts.down_proj"))
+    }
+    patterns = [*sources.get("gate_up_proj", ()), *sources.get("down_proj", ())]
+    if len(patterns) != 3 or not all(".experts.*." in pattern for pattern in patterns):
+        return None
+    gate, up, down = (pattern.removesuffix(".weight").rpartition(".")[2] for pattern in patterns)
+    return gate, up, down

@@ -1,0 +1,77 @@
+"""Tiny random models of many families, in the layout in which their checkpoints lie on the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.conftest import make_tokenizer
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+}
+DENSE: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "qwen2": {"tie_word_embeddings": True},  # biases on q, k and v
+    "qwen3": {"head_dim": 32},  # norms on q and k
+    "gemma2": {"head_dim": 32, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+    "gemma3_text": {"head_dim": 32, "sliding_window": 32},
+    "phi": {},  # biases everywhere, the head's too
+    "phi3": {},  # q, k and v in one linear, gate and up in another
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},  # Conv1D: (in, out)
+}
+_ROUTED: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},  # w1, w3 and w2 under block_sparse_moe
+    "qwen2_moe": {**_ROUTED, "shared_expert_intermediate_size": 64},  # and an expert for every token, gated
+    "qwen3_moe": {**_ROUTED, "head_dim": 32},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {  # low-rank attention, a dense layer first, shared experts
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+}
+FAMILIES = DENSE | MIXTURES
+
+
+def make_family(name: str, directory: Path, **changes: Any) -> Path:
+    """Write a model of this family (its `model_type`) with its tokenizer."""
+    tokenizer = make_tokenizer()
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    settings = {} if name == "gpt2" else _COMMON
+    config = AutoConfig.for_model(
+        name, **{**settings, "vocab_size": len(tokenizer), **ids, **FAMILIES[name], **changes}
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    _draw(model)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@torch.no_grad()
+def _draw(model: torch.nn.Module) -> None:
+    """Biases and norms begin as zeros and ones, with which a mistake would not show."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or parameter.dim() == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
