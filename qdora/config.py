@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from qdora.errors import ConfigError
+from qdora.patterns import check_pattern, matches
 
 __all__ = ["ALL_LINEAR", "AdapterConfig"]
 
@@ -65,17 +65,14 @@ class AdapterConfig:
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
             patterns.append(self.target_modules)
         for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"not a valid regular expression: {pattern!r} ({error})") from None
+            check_pattern(pattern)
 
     def targets(self, module: str) -> bool:
         """Whether the linear at this dotted path gets an adapter."""
         if self.target_modules == ALL_LINEAR:
             return True
         if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, module) is not None
+            return matches(self.target_modules, module)
         return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
 
     def rank_of(self, module: str) -> int:
@@ -95,6 +92,6 @@ class AdapterConfig:
 def _first_match(pattern_values: Mapping[str, _Number], module: str, default: _Number) -> _Number:
     # PEFT's rule: the pattern must match the end of the path, at a dot or at its start.
     for pattern, value in pattern_values.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches(rf"(.*\.)?({pattern})", module):
             return value
     return default

@@ -22,9 +22,10 @@ LAYERS = [
     {"stream", "offload", "simulate", "sharding"},
     {"inject", "choices"},
     {"data", "dora", "measure", "packing", "progress", "report", "scoring", "screens"},
-    {"nf4", "curves", "dense", "loss", "optimizer", "rows", "shards", "output", "parsers", "tables"},
+    {"nf4", "curves", "dense", "loss", "optimizer", "rows", "shards", "output", "parsers", "tables", "templates"},
     {"base", "flags", "groups", "nearest", "workspace"},
     {"config", "distributed"},
+    {"patterns"},
     {"errors"},
 ]
 MODULES = [path for path in (ROOT / "qdora").rglob("*.py") if path.stem != "__init__"]
