@@ -38,7 +38,10 @@ class StoredBase:
         self.linears = model_linears(directory, (), trust_remote_code)
         self._states: dict[str, list[str]] = {}
         for key in filter(is_nf4_key, self.reader):
-            self._states.setdefault(f"{key.rpartition('.weight.')[0]}.weight", []).append(key)
+            weight = f"{key.rpartition('.weight.')[0]}.weight"
+            if weight not in self.reader:
+                raise CheckpointError(f"{directory} holds {key!r} and no {weight!r}; download or write it again")
+            self._states.setdefault(weight, []).append(key)
 
     @property
     def kind(self) -> str:
@@ -72,6 +75,8 @@ class StoredBase:
         assert path is not None
         if key in self._states:
             return self._unpacked(key, tensor)
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{key} holds whole numbers ({tensor.dtype}), and its model is not quantized")
         matrix = tensor.t().contiguous() if self.linears.transposed[path] else tensor
         if self.through_nf4 and self.linears.quantizes(path):
             return NF4Weight.from_tensors(quantize_nf4(matrix.bfloat16()))

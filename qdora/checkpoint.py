@@ -29,12 +29,14 @@ from qdora.errors import CheckpointError, ConfigError
 from qdora.inject import adapted_linears, attach, linear_paths, linear_shape
 from qdora.nf4 import BLOCKSIZE, NF4Weight
 from qdora.output import write_json
+from qdora.shards import check_header
 from qdora.stream import StreamedWeight
 
 __all__ = ["AdapterFile", "LinearAdapter", "load_adapter", "loads_in_4bit", "read_adapter", "save_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLED_FILE = "adapter_model.bin"
 OFFSETS_FILE = "magnitude_offsets.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = {
@@ -220,11 +222,13 @@ def read_adapter(path: str | Path) -> AdapterFile:
         found = "a model directory" if (directory / "config.json").is_file() else "no such file"
         raise CheckpointError(f"{directory} is not an adapter: expected {CONFIG_FILE}, found {found}")
     raw = _read_json(directory / CONFIG_FILE)
+    _check_weights_file(directory)
     config = _config_from_peft(raw, directory)
     try:
         tensors = load_file(directory / WEIGHTS_FILE)
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
             metadata = file.metadata() or {}
+        check_header(directory / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory / WEIGHTS_FILE} is missing or damaged: {error}") from None
     linears = {
@@ -236,6 +240,17 @@ def read_adapter(path: str | Path) -> AdapterFile:
     return AdapterFile(config, linears, raw.get("base_model_name_or_path"), kind, base_hash)
 
 
+def _check_weights_file(directory: Path) -> None:
+    if (directory / WEIGHTS_FILE).is_file():
+        return
+    if (directory / _PICKLED_FILE).is_file():
+        raise CheckpointError(
+            f"{directory} holds its adapter as {_PICKLED_FILE}, a pickle, which runs code when opened; convert it to "
+            "safetensors first"
+        )
+    raise CheckpointError(f"{directory} holds no {WEIGHTS_FILE}; download or write it again")
+
+
 def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, Tensor]]:
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -244,6 +259,8 @@ def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str,
             raise CheckpointError(f"{directory} holds {key!r}, which is no part of a LoRA or DoRA linear")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{directory} holds values that are not finite in {key!r}; its training went wrong")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{directory} holds whole numbers ({tensor.dtype}) in {key!r}; it is no adapter")
         grouped.setdefault(key.removeprefix(_PREFIX).removesuffix(suffix), {})[_PARTS[suffix]] = tensor
     if not grouped:
         raise CheckpointError(f"{directory} holds no adapter tensors")

@@ -64,6 +64,7 @@ class AdapterConfig:
         patterns = [*self.rank_pattern, *self.alpha_pattern]
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
             patterns.append(self.target_modules)
+        patterns += [_at_the_end(pattern) for pattern in patterns[: len(self.rank_pattern) + len(self.alpha_pattern)]]
         for pattern in patterns:
             check_pattern(pattern)
 
@@ -92,6 +93,10 @@ class AdapterConfig:
 def _first_match(pattern_values: Mapping[str, _Number], module: str, default: _Number) -> _Number:
     # PEFT's rule: the pattern must match the end of the path, at a dot or at its start.
     for pattern, value in pattern_values.items():
-        if matches(rf"(.*\.)?({pattern})", module):
+        if matches(_at_the_end(pattern), module):
             return value
     return default
+
+
+def _at_the_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})"

@@ -139,6 +139,7 @@ class NF4Weight(KeepsDtype):
             code=torch.empty(16),
             blocksize=BLOCKSIZE,
             quant_type="nf4",
+            dtype=torch.bfloat16,
         )
         if double_quant:
             nested_absmax = torch.empty(math.ceil(blocks / NESTED_BLOCKSIZE))
@@ -310,9 +311,13 @@ def _check_state(state: Any) -> None:
     if state.quant_type != "nf4":
         raise CheckpointError(f"base weights must be nf4, found {state.quant_type!r}; quantize the model again")
     if state.shape is None or len(state.shape) != 2 or min(state.shape) < 1:
-        raise CheckpointError(f"an NF4 weight must be a matrix, found the shape {state.shape}; quantize the model again")
+        raise CheckpointError(
+            f"an NF4 weight must be a matrix, found the shape {state.shape}; quantize the model again"
+        )
     if type(state.blocksize) is not int or state.blocksize not in _BLOCKSIZES:
         raise CheckpointError(f"blocks of {state.blocksize!r:.40} weights are unknown; quantize the model again")
+    if not (isinstance(state.dtype, torch.dtype) and state.dtype.is_floating_point):
+        raise CheckpointError(f"an NF4 weight of {state.dtype!r:.40} is unknown; quantize the model again")
     nested = state.state2
     if nested is None:
         scales = [state.absmax]
@@ -320,9 +325,13 @@ def _check_state(state: Any) -> None:
         if nested.blocksize != NESTED_BLOCKSIZE:
             raise CheckpointError(f"nested blocksize must be {NESTED_BLOCKSIZE}, found {nested.blocksize!r:.40}")
         blocks = math.ceil(state.absmax.numel() / NESTED_BLOCKSIZE)
-        if state.absmax.element_size() != 1 or nested.absmax.numel() != blocks or nested.code.numel() != 256:
-            raise CheckpointError("the absmax of an NF4 weight does not fit what quantizes it; quantize the model again")
         scales = [nested.absmax, state.offset]
+        if any(scale.dtype != torch.float32 for scale in scales):
+            raise CheckpointError("what quantizes an NF4 weight's absmax must be float32; quantize the model again")
+        if state.absmax.element_size() != 1 or nested.absmax.numel() != blocks or nested.code.numel() != 256:
+            raise CheckpointError(
+                "the absmax of an NF4 weight does not fit what quantizes it; quantize the model again"
+            )
     if state.absmax.device.type != "meta":
         _check_values(state.code, None if nested is None else nested.code, scales)
 

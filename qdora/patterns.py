@@ -13,7 +13,7 @@ from functools import cache
 
 import regex
 
-from qdora.errors import ConfigError
+from qdora.errors import ConfigError, shown
 
 __all__ = ["check_pattern", "is_tame", "matches"]
 
@@ -28,12 +28,12 @@ def check_pattern(pattern: str) -> None:
         ConfigError: no regular expression, or an absurdly long one.
     """
     if not isinstance(pattern, str) or len(pattern) > _LONGEST:
-        raise ConfigError(f"not a regular expression of at most {_LONGEST:,} characters: {_shown(pattern)}")
+        raise ConfigError(f"not a regular expression of at most {_LONGEST:,} characters: {shown(pattern)}")
     try:
         re.compile(pattern)  # what PEFT does with it
         _compiled(pattern)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"not a valid regular expression: {_shown(pattern)} ({error})") from None
+        raise ConfigError(f"not a valid regular expression: {shown(pattern)} ({error})") from None
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -46,7 +46,7 @@ def matches(pattern: str, name: str) -> bool:
         return _compiled(pattern).fullmatch(name, timeout=_SECONDS) is not None
     except TimeoutError:
         raise ConfigError(
-            f"the regular expression {_shown(pattern)} is still trying to match {name!r} after {_SECONDS:g} s; write "
+            f"the regular expression {shown(pattern)} is still trying to match {name!r} after {_SECONDS:g} s; write "
             "it without a repetition inside a repetition"
         ) from None
 
@@ -64,8 +64,3 @@ def is_tame(pattern: object) -> bool:
 @cache
 def _compiled(pattern: str) -> regex.Pattern[str]:
     return regex.compile(pattern)
-
-
-def _shown(pattern: object) -> str:
-    text = repr(pattern)
-    return text if len(text) <= 100 else f"{text[:99]}…"

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 __all__ = ["render"]
 
 _SECONDS = 5.0
-_BYTES = 2**30
+_BYTES = 2**29
 
 
 def render(tokenizer: Any, messages: Sequence[Any], tools: list[Any] | None = None, ask: bool = False) -> str:
@@ -93,7 +93,7 @@ def _limited_memory() -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        raise MemoryError(f"it asks for more than {_BYTES // 2**30} GiB") from None
+        raise MemoryError(f"it asks for more than {_BYTES // 2**20} MiB") from None
     finally:
         if bounded:
             with suppress(ValueError, OSError):

@@ -1,8 +1,8 @@
 """The fuzzer: mutants of everything that is read, given to the functions that read it, in a process that is watched.
 
 A mutant's number and the seed say all about it. A worker process reads one mutant after the other and tells of each;
-it may hold so much memory and no more. The watcher gives each mutant so many seconds, and when the worker hangs or dies,
-it notes on which mutant, and starts another at the next. What may come of a mutant:
+it may hold so much memory and no more. The watcher gives each mutant so many seconds, and when the worker hangs or
+dies, it notes on which mutant, and starts another at the next. What may come of a mutant:
 
     read             it was taken for sound
     refused          one QDoRAError of one line
@@ -59,20 +59,20 @@ def watch(seeds: Path, numbers: range, seed: int, seconds: float = SECONDS) -> I
     """
     following = numbers.start
     while following < numbers.stop:
-        with _worker(seeds, range(following, numbers.stop), seed) as (process, lines):
+        with _worker(seeds, range(following, numbers.stop), seed) as (process, lines, last_words):
             begun: dict[str, Any] | None = None
             while following < numbers.stop:
                 line = lines(START_SECONDS if begun is None else seconds)
                 if line is None or line == "":
                     outcome = "hung" if line is None else f"died ({process.wait()})"
-                    assert begun is not None, f"the worker {outcome} before its first mutant"
-                    yield Result(begun["number"], begun["kind"], begun["how"], outcome)
+                    assert begun is not None, f"the worker {outcome} between two mutants: {last_words()}"
+                    yield Result(begun["number"], begun["kind"], begun["how"], outcome, last_words())
                     following += 1
                     break
                 told = json.loads(line)
                 if "outcome" in told:
                     yield Result(**told)
-                    following += 1
+                    following, begun = following + 1, None
                 else:
                     begun = told
 
@@ -80,8 +80,9 @@ def watch(seeds: Path, numbers: range, seed: int, seconds: float = SECONDS) -> I
 @contextmanager
 def _worker(
     seeds: Path, numbers: range, seed: int
-) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[float], str | None]]]:
-    """A worker, and how to get its next line: None if none comes in so many seconds, empty if it has ended."""
+) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[float], str | None], Callable[[], str]]]:
+    """A worker, how to get its next line (None if none comes in so many seconds, empty if it has ended), and the end
+    of what it printed."""
     command = [sys.executable, "-m", "tests.fuzzing", str(seeds), str(numbers.start), str(numbers.stop), str(seed)]
     # Standard input stays open and gives nothing: whoever asks a question there hangs, and is found out.
     reading, writing = os.pipe()
@@ -114,8 +115,12 @@ def _worker(
                 pending[:] = rest
                 return text.decode()
 
+            def last_words() -> str:
+                said.seek(0)
+                return said.read()[-2000:].decode(errors="replace")
+
             try:
-                yield process, line
+                yield process, line, last_words
             finally:
                 process.kill()
                 process.wait()

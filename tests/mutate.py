@@ -1,7 +1,7 @@
 """Damaged and hostile inputs, made from sound ones by a seeded random generator.
 
-Each function takes a file's bytes and returns a `Mutant`: other bytes, in words what was done, and whether no reader may
-take them for sound (`fatal`). What cannot be noticed without a hash of every byte, a flipped weight say, is not fatal.
+Each function takes a file's bytes and returns a `Mutant`: other bytes, in words what was done, and whether no reader
+may take them for sound (`fatal`). What cannot be noticed without a hash of every byte, a flipped weight say, is not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-__all__ = ["CANARY_CODE", "Mutant", "Payload", "mutate_bytes", "mutate_json", "mutate_safetensors", "mutate_text", "pickled"]
+__all__ = [
+    "CANARY_CODE",
+    "Mutant",
+    "Payload",
+    "mutate_bytes",
+    "mutate_json",
+    "mutate_safetensors",
+    "mutate_text",
+    "pickled",
+]
 
 CANARY_CODE = "open({path!r}, 'w').close()\n"
 
@@ -140,7 +149,9 @@ def _places(tree: Any, limit: int = 400) -> list[tuple[Any, Any]]:
     waiting = [tree]
     while waiting and len(found) < limit:
         node = waiting.pop(0)
-        items = list(node.items()) if isinstance(node, dict) else list(enumerate(node)) if isinstance(node, list) else []
+        items = (
+            list(node.items()) if isinstance(node, dict) else list(enumerate(node)) if isinstance(node, list) else []
+        )
         for key, value in items[:60]:
             found.append((node, key))
             if isinstance(value, dict | list):
@@ -152,7 +163,9 @@ def mutate_safetensors(content: bytes, rng: Random, canary: Path) -> Mutant:
     """Damage a safetensors file: its length, its header's text, one entry, its data, or its whole kind."""
     length = struct.unpack("<Q", content[:8])[0]
     header, data = content[8 : 8 + length], content[8 + length :]
-    kind = rng.choice(["bytes", "length", "header", "entry", "entry", "entry", "entry", "data", "twice", "pickle", "cut"])
+    kind = rng.choice(
+        ["bytes", "length", "header", "entry", "entry", "entry", "entry", "data", "twice", "pickle", "cut"]
+    )
     if kind == "bytes":
         return mutate_bytes(content, rng)
     if kind == "length":
@@ -172,7 +185,9 @@ def mutate_safetensors(content: bytes, rng: Random, canary: Path) -> Mutant:
         entry = json.dumps({first: json.loads(header)[first]})[1:-1].encode()
         return Mutant(_framed(b"{" + entry + b"," + header.lstrip()[1:], data), "a key twice", fatal=True)
     if kind == "pickle":
-        return Mutant(_torch_file(canary) if rng.random() < 0.5 else pickled(canary), "a pickle by that name", fatal=True)
+        return Mutant(
+            _torch_file(canary) if rng.random() < 0.5 else pickled(canary), "a pickle by that name", fatal=True
+        )
     return Mutant(content[: rng.randrange(len(content))], "cut", fatal=True)
 
 

@@ -136,7 +136,7 @@ def _convert(
             report.kept_linears.append(path)
         return [(key, plain)]
     weight = plain.t().contiguous() if linears.transposed[path] else plain
-    _check_shape(path, weight, linears)
+    _check_matrix(path, weight, linears)
     parts = quantize_nf4(weight, double_quant, device)
     report.quantized_values += weight.numel()
     report.quantized_bytes += sum(part.nbytes for part in parts.values())
@@ -151,7 +151,9 @@ def _check_complete(linears: Linears, report: QuantizeReport, model: str | Path)
         raise CheckpointError(f"{model} does not hold the model of its config.json: {what}; download it again")
 
 
-def _check_shape(path: str, weight: Tensor, linears: Linears) -> None:
+def _check_matrix(path: str, weight: Tensor, linears: Linears) -> None:
+    if not weight.is_floating_point():
+        raise CheckpointError(f"the weight of {path} holds whole numbers ({weight.dtype}); download it again")
     if tuple(weight.shape) != linears.shapes[path]:
         expected = "×".join(map(str, linears.shapes[path]))
         found = "×".join(map(str, weight.shape))
