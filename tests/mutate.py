@@ -57,7 +57,9 @@ def pickled(canary: Path) -> bytes:
 
 def mutate_bytes(content: bytes, rng: Random) -> Mutant:
     """Cut, flip, repeat, insert or replace bytes, without a thought for what they mean."""
-    place, flipped = rng.randrange(len(content) or 1), bytearray(content)
+    if not content:
+        return Mutant(rng.randbytes(8), "bytes where there were none")
+    place, flipped = rng.randrange(len(content)), bytearray(content)
     kind = rng.choice(["cut", "flip", "flips", "insert", "drop", "zeros", "double", "empty"])
     if kind == "cut":
         return Mutant(content[:place], f"cut after {place} bytes")
