@@ -13,6 +13,7 @@ from torch import Tensor
 from qdora.checkpoint import AdapterFile
 from qdora.dense import DenseWeight
 from qdora.errors import CheckpointError
+from qdora.kinship import Kinship, answers_of, kinship, origin_of
 from qdora.model import is_nf4_checkpoint, model_linears
 from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4
 from qdora.shards import ShardReader
@@ -68,6 +69,19 @@ class StoredBase:
             out_features, in_features = self.linears.shapes[path]
             adapter.check_shape(path, out_features, in_features, file.base_model)
         return {path: keys[path] for path in self.linears.shapes if path in file.linears}
+
+    def kinship(self, file: AdapterFile) -> Kinship:
+        """Whether the adapter was trained on these weights.
+
+        Raises:
+            CheckpointError: it cannot have been, by its shapes.
+        """
+        keys = self.adapted_keys(file)
+        return kinship(
+            file.origin,
+            origin_of(self.reader.directory, self.reader),
+            lambda path: answers_of(self.weight(keys[path])) if path in keys else None,
+        )
 
     def weight(self, key: str) -> NF4Weight | DenseWeight:
         """The weight of a linear, (out_features, in_features) whichever way it is stored."""

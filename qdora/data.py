@@ -117,7 +117,8 @@ def recognize(rows: Sequence[Row], source: str | Path) -> str:
         if all(column in columns for column in needed):
             return layout
     known = "; ".join(f"{layout}: {', '.join(needed)}" for layout, needed in _COLUMNS.items())
-    raise DataError(f"{source} has the columns {', '.join(columns)}, which is no known layout ({known})")
+    shown = reason(ValueError(", ".join(columns)))
+    raise DataError(f"{source} has the columns {shown}, which is no known layout ({known})")
 
 
 def render(

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qdora.errors import CheckpointError, ConfigError, shown
+from qdora.errors import CheckpointError, ConfigError, reason, shown
 
 __all__ = [
     "INDEX_FILE",
@@ -111,7 +111,9 @@ class ShardReader:
                     self._bytes_of[key] = math.prod(part.get_shape()) * _bytes_per_value(part.get_dtype())
             check_header(path)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or cut short ({error}); download or write it again") from None
+            raise CheckpointError(
+                f"{path} is damaged or cut short ({reason(error)}); download or write it again"
+            ) from None
 
     def keys(self) -> list[str]:
         """The names of all tensors, in the order of the files."""
@@ -142,7 +144,7 @@ class ShardReader:
                 # The clone lets go of the mapping, and of the pages it holds, as soon as the file is closed.
                 return file.get_tensor(key).clone()
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {key!r} from {self._file_of[key]}: {error}") from None
+            raise CheckpointError(f"cannot read {key!r} from {self._file_of[key]}: {reason(error)}") from None
 
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
@@ -201,7 +203,7 @@ def check_header(path: Path) -> tuple[dict[str, Any], int]:
                 raise ValueError(f"a header of {length} bytes")
             return json.loads(content.read(length), object_pairs_hook=_once), 8 + length
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}); download or write it again") from None
+        raise CheckpointError(f"{path} is damaged or cut short ({reason(error)}); download or write it again") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -198,7 +198,8 @@ def _damage_part(tensors: dict[str, torch.Tensor], key: str, nested: bool, rng: 
     part = rng.choice([key, f"{key}.absmax", f"{key}.quant_map", scales, scales])
     tensor = tensors[part]
     kind = rng.choice(["shorter", "longer", "empty", "gone", "dtype", "nan", "inf", "absurd", "negative"])
-    fatal = nested or kind != "dtype"  # a plain absmax is right in any floating dtype
+    # NF4's values, and an absmax that is not quantized, are right in any floating dtype.
+    fatal = kind != "dtype" or (nested and not part.endswith(".quant_map"))
     if kind in ("nan", "inf", "absurd", "negative") and tensor.is_floating_point():
         filled = {"nan": float("nan"), "inf": float("inf"), "absurd": 1e30, "negative": -1.0}[kind]
         tensor.view(-1)[rng.randrange(tensor.numel())] = filled
@@ -470,7 +471,7 @@ def _with_embedded_adapter(model: Path, seeds: Path, canary: Path) -> Mutant:
     config = json.loads((seeds / "dora" / "adapter_config.json").read_text())
     (model / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "owner/name"}))
     (model / "adapter_model.bin").write_bytes(pickled(canary))
-    return Mutant(b"", "an adapter beside the model")
+    return Mutant(b"", "an adapter beside the model", fatal=True)
 
 
 def _quantize(seeds: Path, scratch: Path, rng: Random, canary: Path) -> Case:

@@ -21,7 +21,7 @@ LAYERS = [
     {"checkpoint", "sources"},
     {"stream", "offload", "simulate", "sharding"},
     {"inject", "choices"},
-    {"data", "dora", "measure", "packing", "progress", "report", "scoring", "screens"},
+    {"data", "dora", "kinship", "measure", "packing", "progress", "report", "scoring", "screens"},
     {"nf4", "curves", "dense", "loss", "optimizer", "rows", "shards", "output", "parsers", "tables", "templates"},
     {"base", "flags", "groups", "nearest", "workspace"},
     {"config", "distributed"},

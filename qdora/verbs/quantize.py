@@ -18,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qdora.errors import CheckpointError
+from qdora.kinship import QUANTIZE_RECORD
 from qdora.model import Linears, compute_dtype, is_nf4_checkpoint, model_linears, nf4_config, pick_device
 from qdora.nf4 import NF4Weight, quantize_nf4
 from qdora.output import check_output, new_directory, write_json
-from qdora.shards import ShardReader, ShardWriter, format_bytes, parse_size
+from qdora.shards import ShardReader, ShardWriter, fingerprint, format_bytes, parse_size
 from qdora.sources import copy_side_files, find_gguf, gguf_to_directory, local_model
 
 __all__ = ["QuantizeReport", "quantize"]
@@ -115,6 +116,7 @@ def quantize(
         report.bytes_after = writer.total_bytes
         _write_config(source, directory, linears, kept_dtype, double_quant)
         copy_side_files(source, directory)
+        _write_record(directory, model, reader)
     return report
 
 
@@ -176,6 +178,16 @@ def _write_config(source: Path, directory: Path, linears: Linears, dtype: torch.
     config.pop("torch_dtype", None)
     config["quantization_config"] = nf4_config(dtype, double_quant, linears.skipped).to_dict()
     write_json(directory / "config.json", config)
+
+
+def _write_record(directory: Path, model: str | Path, reader: ShardReader) -> None:
+    """What it was made from, for adapters of the one to be known by the other."""
+    record = {
+        "model": str(model),
+        "source_hash": fingerprint(reader),
+        "hash": fingerprint(ShardReader(directory)),
+    }
+    write_json(directory / QUANTIZE_RECORD, record)
 
 
 def _progress(reader: ShardReader) -> tqdm:
