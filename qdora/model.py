@@ -346,7 +346,7 @@ def _check_config(content: dict[str, Any]) -> None:
     for name, value in content.items():
         if isinstance(value, dict):
             _check_config(value)
-        elif "layer" in name and isinstance(value, int) and value > _MOST_LAYERS:
+        elif "layer" in str(name) and isinstance(value, int) and value > _MOST_LAYERS:
             raise ValueError(f"{name} is {shown(value)}, and no model has more than {_MOST_LAYERS:,}")
     for pattern in content.get("llm_int8_skip_modules") or ():
         if not is_tame(pattern):
@@ -369,10 +369,10 @@ def _check_quantization(config: PretrainedConfig, directory: str | Path) -> bool
 
 
 def _check_alone(directory: Path) -> None:
-    """transformers would load an adapter that lies beside a model with it, and whatever model that names as its base."""
+    """transformers would load an adapter that lies beside a model, and whatever model that names as its base."""
     if (directory / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{directory} holds an adapter (adapter_config.json) beside the model; move one of them to another directory"
+            f"{directory} holds an adapter (adapter_config.json) beside the model; move one to another directory"
         )
 
 
