@@ -18,7 +18,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from qdora.config import ALL_LINEAR, AdapterConfig
-from qdora.errors import ConfigError
+from qdora.errors import ConfigError, reason
 from qdora.flags import DEFAULTS, OTHER_NAMES, RunArguments
 from qdora.groups import Rates
 from qdora.nearest import did_you_mean, nearest
@@ -32,6 +32,7 @@ _CHOICES = {
     "init_lora_weights": ("default", "loftq"),
     "freeze": ("none", "magnitude", "direction"),
 }
+_MOST_VALUES = 10_000
 _NOT_STARTED = ("--dataset", "none", "--output_dir", "none")
 
 
@@ -239,11 +240,24 @@ def _read_yaml(name: str) -> Mapping[str, Any]:
         raise ConfigError(f"no config file at {path}; write its settings there, or give flags alone")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {reason(error)}") from None
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{path} must hold settings such as `learning_rate: 2e-4`, one a line")
+    if not _is_small(settings):
+        raise ConfigError(f"{path} holds more than {_MOST_VALUES:,} values, or a value within itself; it is no config")
     return settings
+
+
+def _is_small(settings: Mapping[Any, Any]) -> bool:
+    """Written out, that is: YAML's aliases let a few lines stand for billions, and for endless ones."""
+    waiting: list[Any] = [settings]
+    for _ in range(_MOST_VALUES):
+        if not waiting:
+            return True
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return not waiting
 
 
 def _plain(value: Any) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from qdora.checkpoint import AdapterFile
 from qdora.dense import DenseWeight
 from qdora.errors import CheckpointError
+from qdora.kinship import Kinship, answers_of, kinship, origin_of
 from qdora.model import is_nf4_checkpoint, model_linears
 from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4, states_by_weight
 from qdora.shards import ShardReader
@@ -37,6 +38,9 @@ class StoredBase:
         self.reader = ShardReader(directory)
         self.linears = model_linears(directory, (), trust_remote_code)
         self._states = states_by_weight(self.reader)
+        for weight, (first, *_) in self._states.items():
+            if weight not in self.reader:
+                raise CheckpointError(f"{directory} holds {first!r} and no {weight!r}; download or write it again")
 
     @property
     def kind(self) -> str:
@@ -64,12 +68,27 @@ class StoredBase:
             adapter.check_shape(path, out_features, in_features, file.base_model)
         return {path: keys[path] for path in self.linears.shapes if path in file.linears}
 
+    def kinship(self, file: AdapterFile) -> Kinship:
+        """Whether the adapter was trained on these weights.
+
+        Raises:
+            CheckpointError: it cannot have been, by its shapes.
+        """
+        keys = self.adapted_keys(file)
+        return kinship(
+            file.origin,
+            origin_of(self.reader.directory, self.reader),
+            lambda path: answers_of(self.weight(keys[path])) if path in keys else None,
+        )
+
     def weight(self, key: str) -> NF4Weight | DenseWeight:
         """The weight of a linear, (out_features, in_features) whichever way it is stored."""
         path, tensor = self.linears.find(key), self.reader.get(key)
         assert path is not None
         if key in self._states:
             return self._unpacked(key, tensor)
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{key} holds whole numbers ({tensor.dtype}), and its model is not quantized")
         matrix = tensor.t().contiguous() if self.linears.transposed[path] else tensor
         if self.through_nf4 and self.linears.quantizes(path):
             return NF4Weight.from_tensors(quantize_nf4(matrix.bfloat16()))

@@ -12,8 +12,8 @@ from a checkpoint must not notice, so checkpoints (not final adapters) carry δ 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qdora.config import ALL_LINEAR, AdapterConfig
 from qdora.distributed import local, spread_like, whole
 from qdora.dora import DoRALinear
-from qdora.errors import CheckpointError, ConfigError
+from qdora.errors import CheckpointError, ConfigError, reason, shown
 from qdora.inject import adapted_linears, attach, linear_paths, linear_shape
+from qdora.kinship import Origin, answers_of, kinship, probed_paths
 from qdora.nf4 import BLOCKSIZE, NF4Weight
 from qdora.output import write_json
+from qdora.shards import check_header
 from qdora.stream import StreamedWeight
 
 __all__ = ["AdapterFile", "LinearAdapter", "load_adapter", "loads_in_4bit", "read_adapter", "save_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLED_FILE = "adapter_model.bin"
 OFFSETS_FILE = "magnitude_offsets.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = {
@@ -100,9 +104,14 @@ class AdapterFile:
     base_kind: str | None
     """What that base was: `dense`; `nf4`, as `quantize` makes it unless told otherwise; or `nf4-custom`. None if the
     file does not say (PEFT's do not)."""
-    base_hash: str | None = None
-    """`shards.fingerprint` of the files that the base was loaded from; None if the file does not say. A 16-bit model
-    that was quantized while it was loaded has the hash of the 16-bit files."""
+    origin: Origin = field(default_factory=Origin)
+    """Which weights the base was, as far as the file says. A 16-bit model that was quantized as it loaded has the hash
+    of the 16-bit files."""
+
+    @property
+    def base_hash(self) -> str | None:
+        """`shards.fingerprint` of the files that the base was loaded from; None if the file does not say."""
+        return self.origin.hash
 
     def rounds(self, model: str | Path, otherwise: str) -> bool:
         """Whether a 16-bit model must be rounded to NF4 to be what the adapter was trained on.
@@ -163,7 +172,7 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False,
         return
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "qdora_base": _kind_of_base(model), **_hash_of_base(model)}
+    metadata = {"format": "pt", "qdora_base": _kind_of_base(model), **_origin_of_base(model, layers)}
     targets = _target_names(config, list(layers), linear_paths(model))
     (directory / OFFSETS_FILE).unlink(missing_ok=True)  # an earlier adapter's
     _replace_file(directory / WEIGHTS_FILE, tensors, metadata)
@@ -184,8 +193,11 @@ def _gathered(layer: DoRALinear) -> tuple[Tensor, Tensor, Tensor | None]:
     return A, B, offset
 
 
-def load_adapter(model: nn.Module, path: str | Path) -> None:
+def load_adapter(model: nn.Module, path: str | Path, allow_other_base: bool = False) -> None:
     """Load an adapter directory, ours or PEFT's, into a model; attaches the adapters if there are none yet.
+
+    Args:
+        allow_other_base: also into a model with other weights than it was trained on, see `kinship`.
 
     Raises:
         CheckpointError: the directory is no adapter, is damaged, not finite, uses what DoRALinear has not, or is for
@@ -204,6 +216,10 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     if layers.keys() != adapter.linears.keys():
         odd = sorted(layers.keys() ^ adapter.linears.keys())
         raise CheckpointError(f"{path} adapts other linears than the model does, first {odd[0]!r}; load a fresh model")
+    found = kinship(
+        adapter.origin, _known_origin(model), lambda name: _answers(layers[name]) if name in layers else None
+    )
+    found.settle(path, getattr(getattr(model, "config", None), "_name_or_path", None), allow_other_base)
     offsets = _read_offsets(Path(path))
     for name, layer in layers.items():
         _copy_into(layer, adapter.linears[name], offsets.get(name), name)
@@ -220,20 +236,33 @@ def read_adapter(path: str | Path) -> AdapterFile:
         found = "a model directory" if (directory / "config.json").is_file() else "no such file"
         raise CheckpointError(f"{directory} is not an adapter: expected {CONFIG_FILE}, found {found}")
     raw = _read_json(directory / CONFIG_FILE)
+    _check_weights_file(directory)
     config = _config_from_peft(raw, directory)
     try:
         tensors = load_file(directory / WEIGHTS_FILE)
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
             metadata = file.metadata() or {}
+        check_header(directory / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{directory / WEIGHTS_FILE} is missing or damaged: {error}") from None
+        raise CheckpointError(f"{directory / WEIGHTS_FILE} is missing or damaged: {reason(error)}") from None
     linears = {
         name: _linear_adapter(name, parts, config, directory) for name, parts in _grouped(tensors, directory).items()
     }
     in_bf16 = all(linear.A.dtype == torch.bfloat16 for linear in linears.values())
     config = replace(config, dtype="bfloat16" if in_bf16 else "float32")
-    kind, base_hash = metadata.get("qdora_base"), metadata.get("qdora_base_hash")
-    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), kind, base_hash)
+    origin = Origin.from_metadata(metadata)
+    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), metadata.get("qdora_base"), origin)
+
+
+def _check_weights_file(directory: Path) -> None:
+    if (directory / WEIGHTS_FILE).is_file():
+        return
+    if (directory / _PICKLED_FILE).is_file():
+        raise CheckpointError(
+            f"{directory} holds its adapter as {_PICKLED_FILE}, a pickle, which runs code when opened; convert it to "
+            "safetensors first"
+        )
+    raise CheckpointError(f"{directory} holds no {WEIGHTS_FILE}; download or write it again")
 
 
 def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, Tensor]]:
@@ -244,6 +273,8 @@ def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str,
             raise CheckpointError(f"{directory} holds {key!r}, which is no part of a LoRA or DoRA linear")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{directory} holds values that are not finite in {key!r}; its training went wrong")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{directory} holds whole numbers ({tensor.dtype}) in {key!r}; it is no adapter")
         grouped.setdefault(key.removeprefix(_PREFIX).removesuffix(suffix), {})[_PARTS[suffix]] = tensor
     if not grouped:
         raise CheckpointError(f"{directory} holds no adapter tensors")
@@ -271,7 +302,7 @@ def _check_fits(adapter: AdapterFile, model: nn.Module) -> None:
     for name, linear in adapter.linears.items():
         if name not in paths:
             raise CheckpointError(
-                f"the adapter is for another model: it adapts {name!r}, which is not a linear here"
+                f"the adapter is for another model: it adapts {shown(name)}, which is not a linear here"
                 f"{f'; it was made for {adapter.base_model!r}' if adapter.base_model else ''}"
             )
         module: Any = model.get_submodule(name)
@@ -316,10 +347,22 @@ def _kind_of_base(model: nn.Module) -> str:
     return "nf4" if usual and getattr(model.config, "dtype", None) == torch.bfloat16 else "nf4-custom"
 
 
-def _hash_of_base(model: nn.Module) -> dict[str, str]:
-    """What `load_model` left on the model; nothing if it was made in another way."""
-    found = getattr(model, "qdora_base_hash", None)
-    return {"qdora_base_hash": found} if isinstance(found, str) else {}
+def _origin_of_base(model: nn.Module, layers: Mapping[str, DoRALinear]) -> dict[str, str]:
+    """What `load_model` left on the model (nothing if it was made in another way), and answers to the probe."""
+    probe = {path: _answers(layers[path]) for path in probed_paths(layers)}
+    asked = {path: answers for path, answers in probe.items() if answers is not None}
+    return replace(_known_origin(model), probe=asked).metadata()
+
+
+def _known_origin(model: nn.Module) -> Origin:
+    own, source = (getattr(model, name, None) for name in ("qdora_base_hash", "qdora_base_source"))
+    return Origin(own if isinstance(own, str) else None, source if isinstance(source, str) else None)
+
+
+def _answers(layer: DoRALinear) -> tuple[float, ...] | None:
+    """To the probe; None if this process holds a part of the weight only."""
+    base: Any = layer.base
+    return None if any(isinstance(p, DTensor) for p in base.parameters()) else answers_of(layer.base)
 
 
 def _read_offsets(directory: Path) -> dict[str, Tensor]:
@@ -329,7 +372,7 @@ def _read_offsets(directory: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+        raise CheckpointError(f"{path} is damaged: {reason(error)}") from None
 
 
 def _target_names(
@@ -371,10 +414,10 @@ def _peft_config(config: AdapterConfig, targets: str | tuple[str, ...], base: st
 def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
     if raw.get("peft_type") != "LORA":
         found = raw.get("peft_type")
-        raise CheckpointError(f"{directory} is a {found!r} adapter; only LORA (with or without DoRA) fits")
+        raise CheckpointError(f"{directory} is a {shown(found)} adapter; only LORA (with or without DoRA) fits")
     unsupported = [name for name in _UNSUPPORTED if raw.get(name)]
     if not any(raw.get("init_lora_weights") is init or raw.get("init_lora_weights") == init for init in _PLAIN_INITS):
-        unsupported.append(f"init_lora_weights={raw['init_lora_weights']!r}")
+        unsupported.append(f"init_lora_weights={shown(raw['init_lora_weights'])}")
     if raw.get("bias", "none") != "none":
         unsupported.append("bias")
     if unsupported:
@@ -392,7 +435,7 @@ def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
             alpha_pattern=raw.get("alpha_pattern") or {},
         )
     except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
-        raise CheckpointError(f"{directory / CONFIG_FILE} is not a LoRA config: {error}") from None
+        raise CheckpointError(f"{directory / CONFIG_FILE} is not a LoRA config: {reason(error)}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -136,6 +136,7 @@ def _evaluate(arguments: list[str]) -> None:
         stream_base=options.stream_base,
         embedding_on_host=options.embedding_on_host,
         trust_remote_code=options.trust_remote_code,
+        allow_other_base=options.allow_other_base,
     )
     print(report)
     if options.output_file:
@@ -162,6 +163,7 @@ def _chat(arguments: list[str]) -> None:
         stream_base=options.stream_base,
         embedding_on_host=options.embedding_on_host,
         trust_remote_code=options.trust_remote_code,
+        allow_other_base=options.allow_other_base,
     )
 
 
@@ -193,6 +195,7 @@ def _merge(arguments: list[str]) -> None:
         onto_original=options.onto_original,
         overwrite=options.overwrite,
         trust_remote_code=options.trust_remote_code,
+        allow_other_base=options.allow_other_base,
     )
     print(merged)
     print(f"next: qdora chat {options.out}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from qdora.errors import ConfigError
+from qdora.errors import ConfigError, shown
+from qdora.patterns import check_pattern, matches
 
 __all__ = ["ALL_LINEAR", "AdapterConfig", "is_named"]
 
@@ -53,32 +53,30 @@ class AdapterConfig:
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if not self.target_modules or (isinstance(self.target_modules, tuple) and "" in self.target_modules):
-            raise ConfigError(f"target_modules must name at least one module, found {self.target_modules!r}")
+            raise ConfigError(f"target_modules must name at least one module, found {shown(self.target_modules)}")
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if not isinstance(rank, int) or rank < 1:
-                raise ConfigError(f"rank must be a whole number of at least 1, found {name}={rank!r}")
+                raise ConfigError(f"rank must be a whole number of at least 1, found {name}={shown(rank)}")
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if not (isinstance(alpha, int | float) and 0 < alpha <= sys.float_info.max):
-                raise ConfigError(f"alpha must be a positive number, found {name}={alpha!r}")
+                raise ConfigError(f"alpha must be a positive number, found {name}={shown(alpha)}")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), found {self.dropout!r}")
+            raise ConfigError(f"dropout must be in [0, 1), found {shown(self.dropout)}")
         if self.dtype not in _DTYPES:
-            raise ConfigError(f"adapter dtype must be one of {', '.join(_DTYPES)}, found {self.dtype!r}")
+            raise ConfigError(f"adapter dtype must be one of {', '.join(_DTYPES)}, found {shown(self.dtype)}")
         patterns = [*self.rank_pattern, *self.alpha_pattern]
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
             patterns.append(self.target_modules)
+        patterns += [_at_the_end(pattern) for pattern in patterns[: len(self.rank_pattern) + len(self.alpha_pattern)]]
         for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"not a valid regular expression: {pattern!r} ({error})") from None
+            check_pattern(pattern)
 
     def targets(self, module: str) -> bool:
         """Whether the linear at this dotted path gets an adapter."""
         if self.target_modules == ALL_LINEAR:
             return _ROUTED.fullmatch(module) is None
         if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, module) is not None
+            return matches(self.target_modules, module)
         return any(is_named(module, name) for name in self.target_modules)
 
     def rank_of(self, module: str) -> int:
@@ -109,6 +107,10 @@ def is_named(module: str, name: str) -> bool:
 def _first_match(pattern_values: Mapping[str, _Number], module: str, default: _Number) -> _Number:
     # PEFT's rule: the pattern must match the end of the path, at a dot or at its start.
     for pattern, value in pattern_values.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches(_at_the_end(pattern), module):
             return value
     return default
+
+
+def _at_the_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})"

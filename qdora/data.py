@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdora.errors import DataError
+from qdora.errors import DataError, reason
 from qdora.loss import IGNORED
 from qdora.rows import Row, parse_json
+from qdora.templates import render as render_template
 
 __all__ = ["EncodedData", "Rendered", "encode", "last_answer", "marked", "recognize", "render", "with_last_answer"]
 
@@ -116,7 +117,8 @@ def recognize(rows: Sequence[Row], source: str | Path) -> str:
         if all(column in columns for column in needed):
             return layout
     known = "; ".join(f"{layout}: {', '.join(needed)}" for layout, needed in _COLUMNS.items())
-    raise DataError(f"{source} has the columns {', '.join(columns)}, which is no known layout ({known})")
+    shown = reason(ValueError(", ".join(columns)))
+    raise DataError(f"{source} has the columns {shown}, which is no known layout ({known})")
 
 
 def render(
@@ -278,12 +280,10 @@ class _Template:
         if not messages:
             return ""
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=self.tools, tokenize=False, add_generation_prompt=ask
-            )
+            return render_template(self.tokenizer, messages, self.tools, ask)
         except Exception as error:
             # jinja raises its own errors, and templates raise what they like
-            raise DataError(f"{self.where}: the chat template refuses this chat: {error}") from None
+            raise DataError(f"{self.where}: the chat template refuses this chat: {reason(error)}") from None
 
 
 def _mark_answers(messages: list[Row], first_answer: int, template: _Template, where: str) -> Rendered:

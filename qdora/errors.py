@@ -10,7 +10,7 @@ Every message says what was wrong, what was found and what to do. Anything else 
 keeps its traceback.
 """
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "NumericsError", "QDoRAError", "reason"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "NumericsError", "QDoRAError", "reason", "shown"]
 
 
 class QDoRAError(Exception):
@@ -37,3 +37,9 @@ def reason(error: BaseException) -> str:
     """What another library's error says, on one line, to be quoted in one of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+def shown(value: object) -> str:
+    """A value out of somebody's file, to be quoted: its `repr`, as far as a line has room for it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from qdora.errors import ConfigError, NumericsError, reason
 from qdora.sources import quietly
+from qdora.templates import render
 
 __all__ = ["RefuseNaN", "end_tokens", "generating_by", "place_of", "render_chat"]
 
@@ -52,11 +53,10 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], ask: bool
         ConfigError: the template refuses them.
     """
     try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+        return render(tokenizer, messages, ask=ask)
     except Exception as error:
         # jinja raises its own errors, and templates raise what they like
         raise ConfigError(f"the chat template refuses this: {reason(error)}") from None
-    return text
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

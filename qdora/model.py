@@ -29,14 +29,16 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qdora import checkpoint, stream
 from qdora.config import AdapterConfig
 from qdora.dora import FrozenLinear
-from qdora.errors import CheckpointError, ConfigError, reason
+from qdora.errors import CheckpointError, ConfigError, reason, shown
 from qdora.experts import expand_experts, router_paths, stacks_left
 from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
+from qdora.kinship import origin_of
 from qdora.loader import KeyNames, NF4Config, fill_experts, key_names
 from qdora.nf4 import NF4Weight
 from qdora.offload import keep_embedding_on_host
+from qdora.patterns import is_tame
 from qdora.sharding import Sharding, attach_and_shard
-from qdora.shards import ShardReader, fingerprint
+from qdora.shards import ShardReader
 from qdora.sources import local_model, quietly
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "usual_dtype",
 ]
 
+_MOST_LAYERS = 1_000
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -67,6 +70,7 @@ def load_model(
     embedding_on_host: bool = False,
     sharding: Sharding | None = None,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model with frozen base weights, and adapters attached if asked for.
 
@@ -81,6 +85,7 @@ def load_model(
         sharding: shard the model over all processes (FSDP2), with fresh adapters; see `sharding.shard_root` for what
             is left to do.
         trust_remote_code: let a model run Python code of its own. Off unless you trust where it comes from.
+        allow_other_base: load an adapter onto other weights than it was trained on, see `kinship`.
 
     Returns:
         A transformers model; with an adapter, exactly the adapter's parameters require gradients. Its
@@ -91,6 +96,7 @@ def load_model(
         ConfigError: an argument is wrong.
     """
     source, place = local_model(path), pick_device(device)
+    _check_alone(source)
     if sharding is not None and (stream_base or embedding_on_host or not isinstance(adapter, AdapterConfig)):
         raise ConfigError("a sharded model takes fresh adapters, and neither stream_base nor embedding_on_host")
     loading_place = torch.device("cpu") if stream_base or embedding_on_host or sharding else place
@@ -133,7 +139,8 @@ def load_model(
     if embedding_on_host:
         keep_embedding_on_host(model, place)
     model.config._name_or_path = str(path)
-    model.qdora_base_hash = fingerprint(reader)
+    origin = origin_of(source, reader)
+    model.qdora_base_hash, model.qdora_base_source = origin.hash, origin.source
     if sharding is None:
         model.to(place)
     if isinstance(adapter, AdapterConfig):
@@ -143,7 +150,7 @@ def load_model(
             attach_and_shard(model, adapter, sharding)
         model.qdora_adapter = adapter
     elif adapter is not None:
-        checkpoint.load_adapter(model, adapter)
+        checkpoint.load_adapter(model, adapter, allow_other_base)
     return model
 
 
@@ -338,10 +345,24 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 def _load_config(directory: str | Path, trust_remote_code: bool) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        _check_config(config.to_dict())
     except Exception as error:
         # a config may be nonsense in more ways than there are kinds of errors
         raise CheckpointError(f"{directory} has no usable config.json: {reason(error)}") from None
+    return config
+
+
+def _check_config(content: dict[str, Any]) -> None:
+    """What transformers would work on for hours: modules made one by one, and expressions that never match."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            _check_config(value)
+        elif "layer" in str(name) and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ValueError(f"{name} is {shown(value)}, and no model has more than {_MOST_LAYERS:,}")
+    for pattern in content.get("llm_int8_skip_modules") or ():
+        if not is_tame(pattern):
+            raise ValueError(f"llm_int8_skip_modules holds {shown(pattern)}, no name nor a simple pattern")
 
 
 def _quantization_of(config: PretrainedConfig) -> dict[str, Any]:
@@ -357,6 +378,14 @@ def _check_quantization(config: PretrainedConfig, directory: str | Path) -> bool
         return True
     kind = found.get("bnb_4bit_quant_type") if found.get("load_in_4bit") else found.get("quant_method")
     raise CheckpointError(f"{directory} is quantized as {kind!s}; start from its 16-bit original, or from NF4")
+
+
+def _check_alone(directory: Path) -> None:
+    """transformers would load an adapter that lies beside a model, and whatever model that names as its base."""
+    if (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory} holds an adapter (adapter_config.json) beside the model; move one to another directory"
+        )
 
 
 def _check_complete(found: dict[str, Any], path: str | Path) -> None:

@@ -53,7 +53,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from qdora.base import KeepsDtype
-from qdora.errors import CheckpointError
+from qdora.errors import CheckpointError, reason
 from qdora.workspace import workspace_of
 
 __all__ = ["BLOCKSIZE", "NF4Weight", "is_nf4_key", "is_packed_linear", "quantize_nf4", "states_by_weight"]
@@ -62,6 +62,9 @@ BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 _QUANTIZED_AT_ONCE_BYTES = 8 * 2**20
 _DISGUISE = torch.float8_e5m2
+# What bitsandbytes quantizes in; and fp16's largest number, which no weight that was trained comes near.
+_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_LARGEST_SCALE = 65504.0
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
 
 
@@ -85,11 +88,10 @@ class NF4Weight(KeepsDtype):
             state: bitsandbytes' quant state, of type nf4, plain or double quantized.
 
         Raises:
-            CheckpointError: not nf4, or the sizes disagree.
+            CheckpointError: not nf4, the sizes disagree, or a scale is no number that a scale can be.
         """
         super().__init__()
-        if state.quant_type != "nf4":
-            raise CheckpointError(f"base weights must be nf4, found {state.quant_type!r}; quantize the model again")
+        _check_state(state)
         self.out_features, self.in_features = map(int, state.shape)
         self.blocksize = int(state.blocksize)
         size = self.out_features * self.in_features
@@ -105,8 +107,6 @@ class NF4Weight(KeepsDtype):
         self.packed = nn.Parameter(flat, requires_grad=False)
         self.absmax = nn.Parameter(state.absmax, requires_grad=False)
         nested = state.state2
-        if nested is not None and nested.blocksize != NESTED_BLOCKSIZE:
-            raise CheckpointError(f"nested blocksize must be {NESTED_BLOCKSIZE}, found {nested.blocksize}")
         self.register_buffer("nested_absmax", nested.absmax if nested is not None else None, persistent=False)
         self.register_buffer("nested_code", nested.code if nested is not None else None, persistent=False)
         self.register_buffer("nested_offset", state.offset if nested is not None else None, persistent=False)
@@ -116,7 +116,12 @@ class NF4Weight(KeepsDtype):
         """From a checkpoint's tensors, keyed `""` for the packed weight and `absmax`, `quant_map`, … for its state."""
         stats = {f"weight.{key}": value for key, value in tensors.items() if key}
         packed = tensors[""]
-        return cls(packed, bnb.QuantState.from_dict(stats, device=packed.device))
+        try:
+            state = bnb.QuantState.from_dict(stats, device=packed.device)
+        except Exception as error:
+            # the state is JSON in a tensor, of which bitsandbytes believes everything
+            raise CheckpointError(f"the quant state of an NF4 weight cannot be read: {reason(error)}") from None
+        return cls(packed, state)
 
     @classmethod
     def from_packed_linear(cls, linear: nn.Module) -> NF4Weight:
@@ -134,6 +139,7 @@ class NF4Weight(KeepsDtype):
             code=torch.empty(16),
             blocksize=BLOCKSIZE,
             quant_type="nf4",
+            dtype=torch.bfloat16,
         )
         if double_quant:
             nested_absmax = torch.empty(math.ceil(blocks / NESTED_BLOCKSIZE))
@@ -292,6 +298,56 @@ def quantize_nf4(weight: Tensor, double_quant: bool = True, device: str | torch.
         state.nested = True
     stats: dict[str, Any] = state.as_dict(packed=True)
     return {"": packed, **stats}
+
+
+def _check_state(state: Any) -> None:
+    """What a damaged checkpoint may say of a packed weight; whether its size fits is checked with the weight.
+
+    Raises:
+        CheckpointError: it describes no NF4 weight.
+    """
+    if not isinstance(state, bnb.QuantState):
+        raise CheckpointError("a linear that should be in NF4 has no quant state; quantize the model again")
+    if state.quant_type != "nf4":
+        raise CheckpointError(f"base weights must be nf4, found {state.quant_type!r}; quantize the model again")
+    if state.shape is None or len(state.shape) != 2 or min(state.shape) < 1:
+        raise CheckpointError(
+            f"an NF4 weight must be a matrix, found the shape {state.shape}; quantize the model again"
+        )
+    if type(state.blocksize) is not int or state.blocksize not in _BLOCKSIZES:
+        raise CheckpointError(f"blocks of {state.blocksize!r:.40} weights are unknown; quantize the model again")
+    if not (isinstance(state.dtype, torch.dtype) and state.dtype.is_floating_point):
+        raise CheckpointError(f"an NF4 weight of {state.dtype!r:.40} is unknown; quantize the model again")
+    nested = state.state2
+    if nested is None:
+        scales = [state.absmax]
+    else:
+        if nested.blocksize != NESTED_BLOCKSIZE:
+            raise CheckpointError(f"nested blocksize must be {NESTED_BLOCKSIZE}, found {nested.blocksize!r:.40}")
+        blocks = math.ceil(state.absmax.numel() / NESTED_BLOCKSIZE)
+        scales = [nested.absmax, state.offset]
+        if any(scale.dtype != torch.float32 for scale in scales):
+            raise CheckpointError("what quantizes an NF4 weight's absmax must be float32; quantize the model again")
+        if state.absmax.element_size() != 1 or nested.absmax.numel() != blocks or nested.code.numel() != 256:
+            raise CheckpointError(
+                "the absmax of an NF4 weight does not fit what quantizes it; quantize the model again"
+            )
+    if state.absmax.device.type != "meta":
+        _check_values(state.code, None if nested is None else nested.code, scales)
+
+
+def _check_values(code: Tensor, nested_code: Tensor | None, scales: list[Tensor]) -> None:
+    usual = bnb.get_4bit_type("nf4", device=code.device)
+    if code.shape != usual.shape or not torch.allclose(code.float(), usual, atol=1e-3):
+        raise CheckpointError("the values of an NF4 weight are not NF4's; quantize the model again")
+    for scale in scales:
+        if not (scale.is_floating_point() and bool(((scale >= 0) & (scale <= _LARGEST_SCALE)).all())):
+            raise CheckpointError(
+                f"an absmax of an NF4 weight is negative, not finite or above {_LARGEST_SCALE:g}; the checkpoint is "
+                "damaged, quantize the model again"
+            )
+    if nested_code is not None and not bool((nested_code.abs() <= 1).all()):
+        raise CheckpointError("the code of an NF4 weight's absmax reaches beyond 1; quantize the model again")
 
 
 def is_packed_linear(module: nn.Module) -> bool:

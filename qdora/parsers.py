@@ -92,6 +92,7 @@ def _merge() -> _Parser:
     parser.add_argument("--dtype", default="float16", metavar="TYPE", help="float16 or bfloat16 [float16]")
     parser.add_argument("--verify", action="store_true", default=None, help="compare even if memory is short")
     parser.add_argument("--no_verify", action="store_false", dest="verify", help="do not compare")
+    _add_other_base(parser)
     parser.add_argument(
         "--onto_original", action="store_true", help="onto a 16-bit base as it is, not as NF4 rounds it"
     )
@@ -186,7 +187,14 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", type=_truth, nargs="?", const=True, default=False, metavar="BOOL", help=f"{what} on the host"
         )
+    _add_other_base(parser)
     _add_trust(parser)
+
+
+def _add_other_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow_other_base", action="store_true", help="the adapter on weights that it was not trained on"
+    )
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:

@@ -142,7 +142,7 @@ def _check_whole(checkpoint: Path) -> None:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile(path.name)
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, RecursionError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"{checkpoint} is damaged or cut short ({reason(error)}); resume from an earlier one by its name"
         ) from None

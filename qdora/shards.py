@@ -27,13 +27,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qdora.errors import CheckpointError, ConfigError
+from qdora.errors import CheckpointError, ConfigError, reason, shown
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "ShardReader", "ShardWriter", "fingerprint", "format_bytes", "parse_size"]
+__all__ = [
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "ShardReader",
+    "ShardWriter",
+    "check_header",
+    "fingerprint",
+    "format_bytes",
+    "parse_size",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _WINDOWS, _WINDOW_BYTES = 16, 4096
+_LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -59,7 +69,7 @@ class ShardReader:
         if missing:
             raise CheckpointError(
                 f"{self.directory / INDEX_FILE} names {len(missing)} tensors that its shards do not hold, "
-                f"first {missing[0]!r}; download the model again"
+                f"first {shown(missing[0])}; download the model again"
             )
 
     def _single(self) -> Path:
@@ -85,9 +95,9 @@ class ShardReader:
             raise CheckpointError(f"{path} is not a safetensors index; download the model again") from None
         for name in set(names.values()):
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{path} names a shard outside its directory or of another kind: {name!r}")
+                raise CheckpointError(f"{path} names a shard outside its directory or of another kind: {shown(name)}")
             if not (self.directory / name).is_file():
-                raise CheckpointError(f"{path} names {name}, which is not there; download the model again")
+                raise CheckpointError(f"{path} names {shown(name)}, which is not there; download the model again")
         return {key: self.directory / name for key, name in names.items()}
 
     def _read_header(self, path: Path) -> None:
@@ -99,8 +109,11 @@ class ShardReader:
                     part = file.get_slice(key)
                     self._file_of[key] = path
                     self._bytes_of[key] = math.prod(part.get_shape()) * _bytes_per_value(part.get_dtype())
+            check_header(path)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or cut short ({error}); download or write it again") from None
+            raise CheckpointError(
+                f"{path} is damaged or cut short ({reason(error)}); download or write it again"
+            ) from None
 
     def keys(self) -> list[str]:
         """The names of all tensors, in the order of the files."""
@@ -131,7 +144,7 @@ class ShardReader:
                 # The clone lets go of the mapping, and of the pages it holds, as soon as the file is closed.
                 return file.get_tensor(key).clone()
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {key!r} from {self._file_of[key]}: {error}") from None
+            raise CheckpointError(f"cannot read {key!r} from {self._file_of[key]}: {reason(error)}") from None
 
     def get_all(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Read several tensors, opening each file once: that takes long where a file holds a hundred thousand."""
@@ -181,18 +194,37 @@ def _places(path: Path) -> dict[str, tuple[Path, dict[str, Any], int, int]]:
 
     The layout of safetensors: 8 bytes with the length of the header, the header in JSON, the tensors' bytes.
     """
-    try:
-        with path.open("rb") as content:
-            length = int.from_bytes(content.read(8), "little")
-            header = json.loads(content.read(length))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}); download or write it again") from None
+    header, begin = check_header(path)
     header.pop("__metadata__", None)
-    begin = 8 + length
     return {
         key: (path, entry, begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
         for key, entry in header.items()
     }
+
+
+def check_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file that the safetensors library has opened, and where the tensors' bytes begin.
+
+    That library checks everything but one thing: of a name that stands there twice it takes the last entry in silence.
+
+    Raises:
+        CheckpointError: not readable, or a name twice.
+    """
+    try:
+        with path.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            if length > _LONGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            return json.loads(content.read(length), object_pairs_hook=_once), 8 + length
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({reason(error)}); download or write it again") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return found
 
 
 def _windows(size: int) -> Iterator[tuple[int, int]]:

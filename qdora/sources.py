@@ -13,13 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qdora.errors import CheckpointError, reason
+from qdora.kinship import QUANTIZE_RECORD
 from qdora.shards import INDEX_FILE
 
 __all__ = ["copy_side_files", "find_gguf", "gguf_to_directory", "local_model", "quietly"]
 
 _logger = logging.getLogger(__name__)
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
-_NOT_COPIED = (INDEX_FILE, "config.json", "adapter_config.json", "trainer_state.json")
+_NOT_COPIED = (INDEX_FILE, "config.json", "adapter_config.json", "trainer_state.json", QUANTIZE_RECORD)
 
 
 def local_model(path: str | Path) -> Path:

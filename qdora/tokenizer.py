@@ -26,6 +26,7 @@ def load_tokenizer(
     try:
         source = local_model(path) if fetch_weights or Path(path).exists() else str(path)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer("a b")  # some of what is wrong shows only in use
     except CheckpointError:
         raise
     except Exception as error:
@@ -46,6 +47,7 @@ def tokenizer_of(
     if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
         try:
             tokenizer = AutoTokenizer.from_pretrained(Path(adapter), trust_remote_code=trust_remote_code)
+            tokenizer("a b")
         except Exception as error:
             # tokenizer files fail in as many ways as there are kinds of tokenizers
             raise CheckpointError(f"{adapter} has no usable tokenizer: {reason(error)}") from None

@@ -92,7 +92,13 @@ def compare(
 
     def load(path: str | Path, adapter: str | Path | None, in_4bit: bool) -> Any:
         return load_model(
-            path, adapter, dtype="float32", device="cpu", load_in_4bit=in_4bit, trust_remote_code=trust_remote_code
+            path,
+            adapter,
+            dtype="float32",
+            device="cpu",
+            load_in_4bit=in_4bit,
+            trust_remote_code=trust_remote_code,
+            allow_other_base=True,  # whoever merged has decided that
         )
 
     trained = load(base, adapter, load_in_4bit)

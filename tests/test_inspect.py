@@ -139,7 +139,7 @@ def test_the_16_bit_original_is_rounded_and_the_difference_said(
     assert on_original.base_kind == "16-bit rounded through nf4"
     assert on_original.same_base is False
     assert on_original.changes == on_nf4.changes
-    assert "as must be if those were these weights in NF4" in " ".join(str(on_original).split())
+    assert "of the same 16-bit model, once in NF4" in " ".join(str(on_original).split())
 
     loaded_in_4bit = saved(tiny, tmp_path / "a", AdapterConfig(rank=2))
     assert inspect(loaded_in_4bit).same_base is True

@@ -22,10 +22,11 @@ LAYERS = [
     {"stream", "offload", "simulate", "sharding"},
     {"inject", "choices"},
     {"experts"},
-    {"data", "dora", "measure", "packing", "progress", "report", "scoring", "screens"},
-    {"nf4", "curves", "dense", "loss", "optimizer", "rows", "shards", "output", "parsers", "tables"},
+    {"data", "dora", "kinship", "measure", "packing", "progress", "report", "scoring", "screens"},
+    {"nf4", "curves", "dense", "loss", "optimizer", "rows", "shards", "output", "parsers", "tables", "templates"},
     {"base", "flags", "groups", "nearest", "workspace"},
     {"config", "distributed"},
+    {"patterns"},
     {"errors"},
 ]
 MODULES = [path for path in (ROOT / "qdora").rglob("*.py") if path.stem != "__init__"]

@@ -90,6 +90,7 @@ def chat(
     stream_base: bool = False,
     embedding_on_host: bool = False,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     terminal: Terminal | None = None,
 ) -> None:
     """Answer what is typed, or each line of standard input, or `prompts`, with one model.
@@ -104,6 +105,7 @@ def chat(
         temperature: 0 for the likeliest token each time.
         load_in_4bit: quantize a 16-bit `model` as it loads; by default only if the adapter was trained on NF4.
         dtype: of the arithmetic; see `model.usual_dtype`.
+        allow_other_base: put the adapter on other weights than it was trained on, see `kinship`.
         terminal: by default standard input and output.
 
     Raises:
@@ -129,6 +131,7 @@ def chat(
         stream_base=stream_base,
         embedding_on_host=embedding_on_host,
         trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
     )
     loaded.eval()
     _check_vocabulary(loaded, tokenizer, whose)

@@ -123,6 +123,7 @@ def evaluate(
     stream_base: bool = False,
     embedding_on_host: bool = False,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
 ) -> EvaluateReport:
     """Measure a base model, and an adapter and a merged model beside it, on a data file.
 
@@ -138,6 +139,7 @@ def evaluate(
         loss_on_all: count prompts too.
         dtype: of the arithmetic; see `model.usual_dtype`.
         load_in_4bit: quantize a 16-bit `model` as it loads; by default only if the adapter was trained on NF4.
+        allow_other_base: measure the adapter on other weights than it was trained on, see `kinship`.
 
     Raises:
         QDoRAError: a model, the adapter or the data is wrong.
@@ -158,6 +160,7 @@ def evaluate(
         stream_base=stream_base,
         embedding_on_host=embedding_on_host,
         trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
     )
     limit = context_of(loaded.config)
     length = min(filter(None, (max_length, limit)), default=None)

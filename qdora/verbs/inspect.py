@@ -53,6 +53,9 @@ class InspectReport:
     base_kind: str
     """`nf4`, `16-bit rounded through nf4` or `16-bit`: what that was read as."""
     base_hash: str
+    base_is: str
+    """What is known of the pair, see `kinship`."""
+    right_base: bool | None
     changes: tuple[LinearChange, ...]
     """By linear, in the model's order."""
     picture: Path | None
@@ -91,6 +94,8 @@ class InspectReport:
             "trained_on": {"name": self.trained_on, "kind": self.trained_kind, "hash": self.trained_hash},
             "base": {"name": self.base, "kind": self.base_kind, "hash": self.base_hash},
             "same_base": self.same_base,
+            "right_base": self.right_base,
+            "base_is": self.base_is,
             "correlation": correlation(self.changes),
             "correlation_by_kind": correlations(self.changes),
             "most_in_magnitude": [change.path for change in self.most_in_magnitude],
@@ -152,12 +157,20 @@ class InspectReport:
             return "unknown whether the adapter was trained on these files"
         if self.same_base:
             return "the files that the adapter was trained on"
+        if self.right_base:
+            error = ", and the changes below are off by that rounding" if self._is_off() else ""
+            return f"other files than trained on, of the same 16-bit model, once in NF4{error}"
+        if self.right_base is False:
+            return "other files than trained on: the changes below are from other weights"
         if self.trained_kind in ("nf4", "nf4-custom") and self.base_kind != "nf4":
             error = "" if self.trained_kind == "nf4" else ", and the changes below are off by that rounding"
             return f"other files than trained on, as must be if those were these weights in NF4{error}"
         if self.trained_kind == "nf4":
             return "other files than trained on, as must be if those were 16-bit weights and these are made from them"
         return "other files than trained on: the changes below are from other weights"
+
+    def _is_off(self) -> bool:
+        return self.trained_kind == "nf4-custom" and self.base_kind != "nf4"
 
     def _unmoved(self) -> list[str]:
         unmoved = self.unmoved
@@ -194,6 +207,7 @@ def inspect(
     file = read_adapter(adapter)
     name, source = _find_base(adapter, file, base)
     stored = StoredBase(source, through_nf4=file.base_kind == "nf4", trust_remote_code=trust_remote_code)
+    known = stored.kinship(file)
     changes = _changes(stored, file)
     title = f"{Path(adapter).resolve().name}: what training changed"
     drawn, no_picture = _draw(changes, title, target or Path(adapter) / PICTURE_FILE, asked_for=target is not None)
@@ -208,6 +222,8 @@ def inspect(
         base=name,
         base_kind=stored.kind,
         base_hash=fingerprint(stored.reader),
+        base_is=known.text,
+        right_base=known.right,
         changes=changes,
         picture=drawn,
         no_picture=no_picture,

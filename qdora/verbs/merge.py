@@ -26,6 +26,7 @@ from qdora.baseweights import StoredBase
 from qdora.checkpoint import AdapterFile, LinearAdapter, read_adapter
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError, NumericsError
+from qdora.kinship import Kinship
 from qdora.model import compute_dtype, is_nf4_checkpoint
 from qdora.output import check_output, new_directory, write_json
 from qdora.shards import ShardWriter, format_bytes, parse_size
@@ -72,6 +73,7 @@ def merge(
     onto_original: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
 ) -> MergeReport:
     """Write `base` with `adapter` merged in to `out`, as a plain transformers model.
 
@@ -83,6 +85,7 @@ def merge(
             in memory. A result that fails it is not written.
         onto_original: with a 16-bit base, keep its weights as they are even if the adapter was trained on NF4.
         overwrite: replace `out` if it holds something.
+        allow_other_base: merge onto other weights than the adapter was trained on, see `kinship`.
 
     Raises:
         CheckpointError: base or adapter is missing, damaged, or they do not belong together.
@@ -95,7 +98,8 @@ def merge(
     packed = is_nf4_checkpoint(source, trust_remote_code)
     through_nf4 = not packed and not onto_original and file.rounds(base, "pass --onto_original")
     stored = StoredBase(source, through_nf4, trust_remote_code)
-    stored.adapted_keys(file)  # raises if they do not belong together
+    known = stored.kinship(file)
+    known.settle(adapter, base, allow_other_base)
     with new_directory(out, overwrite) as directory:
         with ShardWriter(directory, shard_bytes) as writer:
             for key in _progress(stored.keys()):
@@ -119,7 +123,7 @@ def merge(
                 source, adapter, directory, load_in_4bit=packed or through_nf4, trust_remote_code=trust_remote_code
             )
             report.comparison.check(out)
-        _write_record(directory, report, base, adapter)
+        _write_record(directory, report, base, adapter, known)
     return report
 
 
@@ -180,11 +184,13 @@ def _write_config(source: Path, directory: Path, dtype: str) -> None:
     write_json(directory / "config.json", {**config, "dtype": dtype})
 
 
-def _write_record(directory: Path, report: MergeReport, base: str | Path, adapter: str | Path) -> None:
+def _write_record(directory: Path, report: MergeReport, base: str | Path, adapter: str | Path, known: Kinship) -> None:
     record = {
         "base_model": str(base),
         "adapter": str(adapter),
         "merged_onto": report.base,
+        "right_base": known.right,
+        "base_is": known.text,
         "dtype": report.dtype,
         "verified": None if report.comparison is None else asdict(report.comparison),
     }

@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qdora.errors import CheckpointError
+from qdora.kinship import QUANTIZE_RECORD
 from qdora.model import Linears, compute_dtype, is_nf4_checkpoint, model_linears, nf4_config, pick_device
 from qdora.nf4 import NF4Weight, quantize_nf4
 from qdora.output import check_output, new_directory, write_json
-from qdora.shards import ShardReader, ShardWriter, format_bytes, parse_size
+from qdora.shards import ShardReader, ShardWriter, fingerprint, format_bytes, parse_size
 from qdora.sources import copy_side_files, find_gguf, gguf_to_directory, local_model
 
 __all__ = ["QuantizeReport", "quantize"]
@@ -127,6 +128,7 @@ def quantize(
         report.bytes_after = writer.total_bytes
         _write_config(source, directory, linears, kept_dtype, double_quant)
         copy_side_files(source, directory)
+        _write_record(directory, model, reader)
     return report
 
 
@@ -148,7 +150,7 @@ def _convert(
             report.kept_linears.append(path)
         return [(key, plain)]
     weight = plain.t().contiguous() if linears.transposed[path] else plain
-    _check_shape(path, weight, linears)
+    _check_matrix(path, weight, linears)
     parts = quantize_nf4(weight, double_quant, device)
     report.quantized_values += weight.numel()
     report.quantized_bytes += sum(part.nbytes for part in parts.values())
@@ -163,7 +165,9 @@ def _check_complete(linears: Linears, report: QuantizeReport, model: str | Path)
         raise CheckpointError(f"{model} does not hold the model of its config.json: {what}; download it again")
 
 
-def _check_shape(path: str, weight: Tensor, linears: Linears) -> None:
+def _check_matrix(path: str, weight: Tensor, linears: Linears) -> None:
+    if not weight.is_floating_point():
+        raise CheckpointError(f"the weight of {path} holds whole numbers ({weight.dtype}); download it again")
     if tuple(weight.shape) != linears.shapes[path]:
         expected = "×".join(map(str, linears.shapes[path]))
         found = "×".join(map(str, weight.shape))
@@ -191,6 +195,16 @@ def _write_config(source: Path, directory: Path, linears: Linears, dtype: torch.
 def _without_numbers(paths: Sequence[str]) -> list[str]:
     """Each path once, whatever the number of the expert."""
     return list(dict.fromkeys(re.sub(r"\.experts\.\d+\.", ".experts.*.", path) for path in paths))
+
+
+def _write_record(directory: Path, model: str | Path, reader: ShardReader) -> None:
+    """What it was made from, for adapters of the one to be known by the other."""
+    record = {
+        "model": str(model),
+        "source_hash": fingerprint(reader),
+        "hash": fingerprint(ShardReader(directory)),
+    }
+    write_json(directory / QUANTIZE_RECORD, record)
 
 
 def _progress(reader: ShardReader) -> tqdm:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from qdora.corpus import Corpus, load_corpus, use_chat_template
 from qdora.curves import loss_series
 from qdora.data import EncodedData
 from qdora.distributed import is_main, processes, say
-from qdora.errors import ConfigError, NumericsError, QDoRAError, reason
+from qdora.errors import CheckpointError, ConfigError, NumericsError, QDoRAError, reason
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
 from qdora.model import load_model, trainable_parameters
@@ -251,6 +252,9 @@ def _run(trainer: Any, resume: str | None) -> None:
             f"out of memory after {trainer.state.global_step} steps: lower --per_device_train_batch_size (and raise "
             f"--gradient_accumulation_steps) or --max_length ({reason(error)})"
         ) from None
+    except UnpicklingError as error:
+        # torch reads a trainer's state with `weights_only`, and refuses whatever would run code
+        raise CheckpointError(f"{resume} holds what no trainer's state is made of ({reason(error)})") from None
     except (ValueError, ImportError) as error:
         # what the trainer finds wrong only when it makes the optimizer, the schedule or the batches
         raise ConfigError(

@@ -1,0 +1,162 @@
+"""Whether an adapter and a base belong together.
+
+An adapter is a change of certain weights, and on others of the same shapes it computes something too. Names do not tell
+weights apart. Three things do, and an adapter's file records what it can of each:
+
+    hash      `shards.fingerprint` of the files that the base was loaded from
+    source    the hash of the 16-bit files that an NF4 checkpoint was quantized from, which `quantize` leaves beside it
+              together with the checkpoint's own hash, so that it says nothing of any other weights
+    probe     what three of the adapted weights answer to one fixed input, sixteen numbers each
+
+If hashes or sources meet, it is a right pair, and nothing is said. Different hashes do not make a wrong one: the same
+model in another dtype, by other names or quantized by another tool has another hash. But rounding to NF4 moves the
+answers to the probe by a tenth of their length, another dtype by a thousandth, and those of other weights have nothing
+to do with each other. So a pair whose answers are further apart than half their length is refused, and what neither
+hash nor probe decides (a near relative of the base, an adapter that records nothing) is said in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdora.base import BaseWeight
+from qdora.distributed import is_main
+from qdora.errors import CheckpointError
+from qdora.shards import ShardReader, fingerprint
+
+__all__ = ["QUANTIZE_RECORD", "Kinship", "Origin", "answers_of", "kinship", "origin_of", "probed_paths"]
+
+QUANTIZE_RECORD = "qdora_quantize.json"
+_VALUES, _APART = 16, 0.5
+_logger = logging.getLogger("qdora")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which weights these are, as far as it is known."""
+
+    hash: str | None = None
+    source: str | None = None
+    probe: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By the path of a linear, its answers; of an adapter's base only."""
+
+    def meets(self, other: Origin) -> bool:
+        """Whether both come from the same files."""
+        return bool({self.hash, self.source} & {other.hash, other.source} - {None})
+
+    def metadata(self) -> dict[str, str]:
+        """What an adapter's file records of its base."""
+        known = {"qdora_base_hash": self.hash, "qdora_base_source": self.source}
+        probe = {"qdora_base_probe": json.dumps(self.probe)} if self.probe else {}
+        return {**{key: value for key, value in known.items() if value is not None}, **probe}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Origin:
+        """What was recorded; a probe that is none counts as not recorded."""
+        return cls(metadata.get("qdora_base_hash"), metadata.get("qdora_base_source"), _probe_in(metadata))
+
+
+def origin_of(directory: Path, reader: ShardReader) -> Origin:
+    """That of a model's directory."""
+    own = fingerprint(reader)
+    try:
+        record = json.loads((directory / QUANTIZE_RECORD).read_text(encoding="utf-8"))
+        source = record["source_hash"] if record["hash"] == own else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        source = None
+    return Origin(own, source if isinstance(source, str) else None)
+
+
+@dataclass(frozen=True)
+class Kinship:
+    """What is known of a pair."""
+
+    right: bool | None
+    """None if nobody can know."""
+    text: str
+
+    def settle(self, adapter: str | Path, base: str | Path | None, allow_other_base: bool) -> None:
+        """Refuse a wrong pair; say of a doubtful one that it is.
+
+        Raises:
+            CheckpointError: the pair is wrong, and `allow_other_base` is off.
+        """
+        if self.right is False and not allow_other_base:
+            raise CheckpointError(
+                f"{adapter} was not trained on {base or 'this model'}: {self.text}; name its own base, or "
+                "pass --allow_other_base (allow_other_base=True)"
+            )
+        if self.right is not True and is_main():
+            _say_once(f"qdora: {adapter} on {base or 'this model'}: {self.text}")
+
+
+def kinship(trained: Origin, found: Origin, answers: Callable[[str], tuple[float, ...] | None]) -> Kinship:
+    """What is known of an adapter and a base.
+
+    Args:
+        trained: what the adapter records.
+        found: the base's own.
+        answers: of the base's linear at a path; None if it cannot be asked.
+    """
+    if trained.meets(found):
+        return Kinship(True, "the weights that the adapter was trained on")
+    for path, expected in trained.probe.items():
+        given = answers(path)
+        if given is not None and (apart := _distance(expected, given)) > _APART:
+            return Kinship(
+                False, f"the weights of {path} are others (by a probe, {apart:.0%} apart; the same ones in NF4 are 10%)"
+            )
+    if trained.hash is None:
+        return Kinship(None, "the adapter does not record which weights it was trained on, so they may be others")
+    return Kinship(
+        None,
+        "these are not the files that the adapter was trained on; they may hold the same weights in another format, or "
+        "a near relative's",
+    )
+
+
+def probed_paths(paths: Iterable[str]) -> list[str]:
+    """The adapted linears whose answers are recorded: the first, the middle one and the last."""
+    ordered = list(paths)
+    return list(dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]])) if ordered else []
+
+
+@torch.no_grad()
+def answers_of(weight: BaseWeight) -> tuple[float, ...]:
+    """Sixteen outputs, spread over all, for the input cos(i²), whose phases are as good as random."""
+    places = torch.arange(weight.in_features, dtype=torch.float64)
+    x_TI = torch.cos(places * places).float()[None].to(weight.device)
+    y_O = weight.linear(x_TI)[0].float().cpu()
+    count = min(_VALUES, len(y_O))
+    return tuple(float(f"{y_O[number * len(y_O) // count].item():.6g}") for number in range(count))
+
+
+def _distance(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """‖a − b‖ by the longer of both; 0 if both are zero, infinite if they cannot be compared."""
+    if len(a) != len(b):
+        return math.inf
+    longer = max(math.hypot(*a), math.hypot(*b))
+    return math.dist(a, b) / longer if longer else 0.0
+
+
+def _probe_in(metadata: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
+    try:
+        raw: Any = json.loads(metadata.get("qdora_base_probe", "{}"))
+        probe = {str(path): tuple(map(float, values)) for path, values in raw.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return {}
+    return probe if all(math.isfinite(value) for values in probe.values() for value in values) else {}
+
+
+@cache
+def _say_once(line: str) -> None:
+    _logger.warning(line)

@@ -1,0 +1,160 @@
+"""Right pairs are never refused, wrong ones never pass in silence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qdora
+from qdora import AdapterConfig, CheckpointError
+from qdora.checkpoint import WEIGHTS_FILE, read_adapter
+from qdora.kinship import QUANTIZE_RECORD, Kinship, Origin, kinship
+from tests.conftest import disturb, make_model
+
+SHARED = {"num_hidden_layers": 1, "num_key_value_heads": 2}
+
+
+def trained(base: Path, out: Path, **settings: Any) -> Path:
+    model = qdora.load_model(base, adapter=AdapterConfig(rank=2), **settings)
+    disturb(model)
+    qdora.save_adapter(model, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 16-bit model and it in NF4, adapters trained on both, and another model with its NF4."""
+    place = tmp_path_factory.mktemp("kin")
+    make_model(place / "model", **SHARED)
+    other = make_model(place / "other", **SHARED)
+    weights = load_file(other / "model.safetensors")
+    torch.manual_seed(1)
+    save_file(
+        {key: torch.randn_like(w) * 0.1 for key, w in weights.items()}, other / "model.safetensors", {"format": "pt"}
+    )
+    for name in ("model", "other"):
+        qdora.quantize(place / name, place / f"{name}-nf4")
+    trained(place / "model-nf4", place / "on-nf4")
+    trained(place / "model", place / "on-the-fly")
+    trained(place / "model", place / "on-dense", load_in_4bit=False)
+    return place
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.WARNING, logger="qdora")
+    return caplog
+
+
+@pytest.mark.parametrize("adapter", ["on-nf4", "on-the-fly", "on-dense"])
+@pytest.mark.parametrize("base", ["model", "model-nf4"])
+def test_a_model_and_its_nf4_know_each_other(
+    place: Path, said: pytest.LogCaptureFixture, adapter: str, base: str
+) -> None:
+    qdora.load_model(place / base, place / adapter)
+    assert not said.records
+
+
+def test_other_shards_are_the_same_weights(place: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype="bfloat16")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    qdora.load_model(tmp_path / "shards", place / "on-dense", load_in_4bit=False)
+    assert not said.records
+
+
+def test_another_dtype_or_another_quantizer_is_taken_with_a_word(
+    place: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype="float32")
+    model.save_pretrained(tmp_path / "fp32")
+    qdora.load_model(tmp_path / "fp32", place / "on-nf4")
+    (unrecorded := shutil.copytree(place / "model-nf4", tmp_path / "nf4")).joinpath(QUANTIZE_RECORD).unlink()
+    qdora.load_model(unrecorded, place / "on-dense")
+    assert len(said.records) == 2
+    assert all("not the files that the adapter was trained on" in record.message for record in said.records)
+
+
+@pytest.mark.parametrize("adapter", ["on-nf4", "on-the-fly", "on-dense"])
+@pytest.mark.parametrize("base", ["other", "other-nf4"])
+def test_other_weights_are_refused_everywhere(place: Path, tmp_path: Path, adapter: str, base: str) -> None:
+    pair = place / base, place / adapter
+    with pytest.raises(CheckpointError, match="was not trained on .*other.*--allow_other_base"):
+        qdora.load_model(*pair)
+    with pytest.raises(CheckpointError, match="was not trained on"):
+        qdora.merge(*pair, tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_and_chat_refuse_too(place: Path, pairs_file: Path) -> None:
+    with pytest.raises(CheckpointError, match="was not trained on"):
+        qdora.evaluate(place / "other-nf4", pairs_file, place / "on-nf4", max_rows=1)
+    with pytest.raises(CheckpointError, match="was not trained on"):
+        qdora.chat(place / "other-nf4", place / "on-nf4", prompts=["1"])
+
+
+def test_who_insists_gets_it_and_the_record_says_so(
+    place: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    qdora.merge(
+        place / "other-nf4", place / "on-nf4", tmp_path / "out", allow_other_base=True, dtype="bfloat16", verify=False
+    )
+    record = json.loads((tmp_path / "out" / "qdora_merge.json").read_text())
+    assert record["right_base"] is False
+    assert "others (by a probe" in record["base_is"]
+    assert len(said.records) == 1
+    assert not (tmp_path / "out" / QUANTIZE_RECORD).exists()
+    qdora.merge(place / "model-nf4", place / "on-nf4", tmp_path / "right", verify=False)
+    assert json.loads((tmp_path / "right" / "qdora_merge.json").read_text())["right_base"] is True
+
+
+def test_an_adapter_that_records_nothing_is_taken_with_a_word(
+    place: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    bare = shutil.copytree(place / "on-nf4", tmp_path / "bare")
+    save_file(load_file(bare / WEIGHTS_FILE), bare / WEIGHTS_FILE, {"format": "pt"})
+    for base in ("model-nf4", "other-nf4"):
+        qdora.load_model(place / base, bare)
+    assert len(said.records) == 2
+    assert all("does not record" in record.message for record in said.records)
+
+
+def test_a_source_speaks_for_its_own_weights_only(place: Path, tmp_path: Path) -> None:
+    forged = shutil.copytree(place / "other-nf4", tmp_path / "forged")
+    shutil.copy(place / "model-nf4" / QUANTIZE_RECORD, forged)
+    with pytest.raises(CheckpointError, match="was not trained on"):
+        qdora.load_model(forged, place / "on-the-fly")
+
+
+@pytest.mark.parametrize("probe", ["[", "[]", '{"a": 1}', '{"a": ["x"]}', '{"a": [NaN]}', "{" * 100_000])
+def test_a_probe_that_is_none_counts_as_not_recorded(place: Path, tmp_path: Path, probe: str) -> None:
+    adapter = shutil.copytree(place / "on-nf4", tmp_path / "adapter")
+    with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
+        metadata = file.metadata() | {"qdora_base_probe": probe}
+    save_file(load_file(adapter / WEIGHTS_FILE), adapter / WEIGHTS_FILE, metadata)
+    assert read_adapter(adapter).origin.probe == {}
+    assert read_adapter(place / "on-nf4").origin.probe
+
+
+def test_the_three_answers() -> None:
+    known = Origin("a", "s", {"x": (3.0, 4.0)})
+
+    def found(**settings: Any) -> Kinship:
+        return kinship(known, Origin(**settings), lambda path: (3.3, 4.0))
+
+    assert found(hash="a").right is True
+    assert found(hash="b", source="s").right is True
+    assert found(hash="s").right is True
+    assert found(hash="b").right is None
+    assert kinship(known, Origin("b"), lambda path: (-3.0, 4.0)).right is False
+    assert kinship(known, Origin("b"), lambda path: (3.0,)).right is False
+    assert kinship(known, Origin("b"), lambda path: None).right is None
+    assert kinship(Origin(), Origin(), lambda path: None).right is None
