@@ -31,6 +31,7 @@ _CHOICES = {
     "adapter_dtype": ("bfloat16", "float32"),
     "init_lora_weights": ("default", "loftq"),
     "freeze": ("none", "magnitude", "direction"),
+    "on_nonfinite": ("stop", "skip"),
 }
 _MOST_VALUES = 10_000
 _NOT_STARTED = ("--dataset", "none", "--output_dir", "none")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qdora import __version__, screens
-from qdora.errors import ConfigError, QDoRAError, reason
+from qdora.errors import ConfigError, QDoRAError, out_of_memory, reason
 from qdora.parsers import SHELLS, parse
 
 __all__ = ["main"]
@@ -41,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, arguments: list[str]) -> tuple[int, str]:
     """The exit status and what to say on standard error."""
-    import torch
-
     try:
         _VERBS[verb](arguments)
     except QDoRAError as error:
         return 2, f"qdora: {' '.join(str(error).split())}"
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         return 2, f"qdora: out of memory: {reason(error)}; a smaller model, batch or length may fit"
     except KeyboardInterrupt:
         return 130, "qdora: interrupted"

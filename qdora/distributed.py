@@ -21,14 +21,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["is_main", "local", "processes", "run_to_the_end", "say", "spread_like", "whole"]
+__all__ = ["gathered", "is_main", "local", "processes", "run_to_the_end", "say", "spread_like", "summed", "whole"]
 
 _PATIENCE_SECONDS = 5.0
+Item = TypeVar("Item")
 
 
 def processes() -> int:
@@ -97,6 +99,22 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. If it is sharded, every process must join in."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes of what each has; every process must join in."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def gathered(item: Item) -> list[Item]:
+    """What each process has, in the order of their ranks; every process must join in."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [item]
+    items: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(items, item)
+    return items
 
 
 def spread_like(tensor: Tensor, model: Tensor) -> Tensor:

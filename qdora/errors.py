@@ -10,7 +10,16 @@ Every message says what was wrong, what was found and what to do. Anything else 
 keeps its traceback.
 """
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "NumericsError", "QDoRAError", "reason", "shown"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "NumericsError",
+    "QDoRAError",
+    "out_of_memory",
+    "reason",
+    "shown",
+]
 
 
 class QDoRAError(Exception):
@@ -37,6 +46,16 @@ def reason(error: BaseException) -> str:
     """What another library's error says, on one line, to be quoted in one of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:299]}…"
+
+
+_SIGNS_OF_FULL_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed", "bad_alloc")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host; torch says it in more than one way."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS_OF_FULL_MEMORY)
 
 
 def shown(value: object) -> str:

@@ -95,6 +95,10 @@ class RunArguments:
         default=1.0, metadata={"help": "learning rate of B by that of A (LoRA+, arXiv 2402.12354)"}
     )
     freeze: str = field(default="none", metadata={"help": "magnitude or direction: train the other part alone"})
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={"help": "stop, or skip a step whose loss or gradient is not finite (five in a row stop it)"},
+    )
     stream_base: bool = field(
         default=False, metadata={"help": "leave base weights on the host, two layers at a time on the device"}
     )

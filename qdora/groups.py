@@ -7,7 +7,7 @@ base's direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import nn
 
 from qdora.errors import ConfigError
 
-__all__ = ["DIRECTION", "MAGNITUDE", "Rates", "freeze_part", "parameter_groups"]
+__all__ = ["DIRECTION", "MAGNITUDE", "Rates", "freeze_part", "parameter_groups", "rates_by_part"]
 
 MAGNITUDE, DIRECTION = "magnitude", "direction"
+_ONLY_B = "direction, B"
 _PART_OF = {"magnitude_offset": MAGNITUDE, "lora_A": DIRECTION, "lora_B": DIRECTION}
 
 
@@ -57,7 +58,7 @@ class Rates:
             decay = self.weight_decay if self.magnitude_weight_decay is None else self.magnitude_weight_decay
             return MAGNITUDE, rate, decay
         if last == "lora_B" and self.b_ratio != 1:
-            return "direction, B", self.learning_rate * self.b_ratio, self.weight_decay
+            return _ONLY_B, self.learning_rate * self.b_ratio, self.weight_decay
         return DIRECTION, self.learning_rate, self.weight_decay
 
 
@@ -70,6 +71,17 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
             entry = groups.setdefault(group, {"params": [], "lr": rate, "weight_decay": decay, "name": group})
             entry["params"].append(parameter)
     return list(groups.values())
+
+
+def rates_by_part(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The learning rate that each part has now, under the names of a log: `learning_rate_magnitude`, `_A` and `_B`.
+
+    Args:
+        groups: an optimizer's; of those that are not named here, nothing is said.
+    """
+    now = {group["name"]: float(group["lr"]) for group in groups if "name" in group}
+    parts = {"magnitude": now.get(MAGNITUDE), "A": now.get(DIRECTION), "B": now.get(_ONLY_B, now.get(DIRECTION))}
+    return {f"learning_rate_{part}": rate for part, rate in parts.items() if rate is not None}
 
 
 def freeze_part(model: nn.Module, part: str) -> None:

@@ -29,7 +29,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qdora import checkpoint, stream
 from qdora.config import AdapterConfig
 from qdora.dora import FrozenLinear
-from qdora.errors import CheckpointError, ConfigError, reason, shown
+from qdora.errors import CheckpointError, ConfigError, out_of_memory, reason, shown
 from qdora.experts import expand_experts, router_paths, stacks_left
 from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
 from qdora.kinship import origin_of
@@ -120,9 +120,9 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             # a config that contradicts its weights ends in almost any kind of error
             raise CheckpointError(f"{path} cannot be loaded: {reason(error)}") from None
     _check_complete(found, path)

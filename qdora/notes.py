@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,13 @@ class Intention:
 
 
 def leave_notes(
-    trainer: Any, run: RunArguments, meant: Intention, corpus: Corpus, best_step: int | None, seconds: float
+    trainer: Any,
+    run: RunArguments,
+    meant: Intention,
+    corpus: Corpus,
+    best_step: int | None,
+    remarks: Sequence[str],
+    seconds: float,
 ) -> None:
     """Write what people read afterwards into the run's directory."""
     history, training = trainer.state.log_history, trainer.args
@@ -76,6 +83,7 @@ def leave_notes(
         peak_bytes=memory_bytes(training.device),
         device=str(training.device),
         seconds=seconds,
+        remarks=remarks,
     )
     write_report(facts, out / REPORT_FILE)
 

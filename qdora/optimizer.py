@@ -74,8 +74,9 @@ class CompensatedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            group["steps"] += 1
-            for number, bucket in enumerate(_buckets(p for p in group["params"] if p.grad is not None)):
+            moving = [p for p in group["params"] if p.grad is not None]
+            group["steps"] += bool(moving)  # a step that was left out is none, to the moments' corrections either
+            for number, bucket in enumerate(_buckets(moving)):
                 self._update(bucket, group, number)
         return loss
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qdora.distributed import say
-from qdora.errors import ConfigError, reason
+from qdora.errors import ConfigError, out_of_memory, reason
 
 __all__ = ["Collate", "check_rows_apart", "rows_stay_apart", "settle_packing", "splits_rows"]
 
@@ -72,9 +72,9 @@ def check_rows_apart(scored: Any, collate: Collate) -> None:
     name, attention = type(model).__name__, getattr(model.config, "_attn_implementation", None)
     try:
         apart = rows_stay_apart(scored, collate)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         # a model's own code may fail in any way on inputs that it does not know
         raise ConfigError(
             f"{name} does not run on rows laid end to end: {reason(error)}; leave out --packing and --padding_free"

@@ -20,7 +20,7 @@ from qdora.model import hollow_model
 from qdora.shards import format_bytes, parse_size
 from qdora.workspace import ACCELERATOR, CPU
 
-__all__ = ["adopt", "asked_plan", "choose", "memory_model", "usable_bytes"]
+__all__ = ["adopt", "asked_plan", "choose", "memory_model", "usable_bytes", "usable_of"]
 
 _SMALLER_CHUNKS = (16 * 2**20, 4 * 2**20)
 # Reckoned, not measured: the driver's context and the libraries' workspaces, and what fragmentation takes.
@@ -98,10 +98,15 @@ def usable_bytes(memory: str, on_accelerator: bool) -> int:
         ConfigError: not a size, or one too small for anything.
     """
     total = parse_size(memory)
-    usable = int(total * (1 - _FRAGMENTED_SHARE)) - _DRIVER_BYTES if on_accelerator else total
+    usable = usable_of(total, on_accelerator) - (_DRIVER_BYTES if on_accelerator else 0)
     if usable <= 0:
         raise ConfigError(f"--memory {memory} leaves nothing beside the {format_bytes(_DRIVER_BYTES)} of the driver")
     return usable
+
+
+def usable_of(free: int, on_accelerator: bool) -> int:
+    """What may be allocated of bytes that are free, the driver's share not among them."""
+    return int(free * (1 - _FRAGMENTED_SHARE)) if on_accelerator else free
 
 
 def choose(reckoned: MemoryModel, asked: Plan, limit_bytes: int) -> tuple[Plan, Need]:

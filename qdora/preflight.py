@@ -22,7 +22,15 @@ from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.model import is_nf4_checkpoint
 from qdora.sources import local_model
 
-__all__ = ["check_original", "check_place", "check_sharded", "check_trackers", "check_unused", "checkpoint_to_resume"]
+__all__ = [
+    "check_original",
+    "check_place",
+    "check_sharded",
+    "check_trackers",
+    "check_unused",
+    "checkpoint_to_resume",
+    "last_checkpoint",
+]
 
 # Of trackers that are not called as their packages are.
 _TRACKER_PACKAGES = {
@@ -132,6 +140,11 @@ def checkpoint_to_resume(training: Any, output_dir: Path) -> str | None:
         raise ConfigError(f"nothing to resume: {wanted} is not a trainer's checkpoint; name one, or `last`")
     _check_whole(Path(wanted))
     return str(wanted)
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, if there is one."""
+    return next(reversed(_checkpoints(output_dir)), None)
 
 
 def _check_whole(checkpoint: Path) -> None:

@@ -59,6 +59,8 @@ class RunFacts:
     peak_bytes: int
     device: str
     seconds: float
+    remarks: Sequence[str] = ()
+    """What went otherwise than it should."""
 
 
 def write_log(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -81,10 +83,11 @@ def write_report(facts: RunFacts, path: Path) -> None:
 def _title(facts: RunFacts) -> str:
     _, losses = loss_series(facts.history, "loss")
     loss = f"training loss {losses[0]:.4f} → {losses[-1]:.4f}, " if losses else ""
-    return (
+    title = (
         f"# {Path(facts.base).name} on {Path(facts.dataset).name}\n\n"
         f"{facts.adapter}; {loss}{facts.steps} steps in {_duration(facts.seconds)} on {facts.device}."
     )
+    return "\n\n".join([title, *(f"**{remark[:1].upper()}{remark[1:]}.**" for remark in facts.remarks)])
 
 
 def _curves(facts: RunFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,12 @@ from trl import SFTTrainer
 
 from qdora.answers import Question, answer, count_matches
 from qdora.checkpoint import load_adapter, save_adapter
-from qdora.distributed import whole
-from qdora.errors import ConfigError
-from qdora.groups import Rates, parameter_groups
+from qdora.distributed import gathered, whole
+from qdora.errors import ConfigError, NumericsError
+from qdora.groups import Rates, parameter_groups, rates_by_part
 from qdora.loss import CHUNK_BYTES, IGNORED
 from qdora.measure import score
+from qdora.numerics import FiniteGuard, check_weights, first_bad_output
 from qdora.offload import HostInputs
 from qdora.packing import check_rows_apart
 from qdora.progress import Progress, Speedometer
@@ -42,6 +44,7 @@ class AdapterTrainer(SFTTrainer):
         sharding: of the model, if its layers are sharded (`model.load_model`).
         rates: of magnitude and direction; by default both have the trainer's.
         asked: questions to answer at each evaluation.
+        skips_nonfinite: leave out a step whose loss or gradient is not finite, instead of stopping.
         settings: of `SFTTrainer`, the model among them.
     """
 
@@ -55,6 +58,7 @@ class AdapterTrainer(SFTTrainer):
         sharding: Sharding | None = None,
         rates: Rates | None = None,
         asked: Sequence[Question] = (),
+        skips_nonfinite: bool = False,
         **settings: Any,
     ) -> None:
         self._sharding, self._rates, self._asked = sharding, rates, list(asked)
@@ -65,6 +69,9 @@ class AdapterTrainer(SFTTrainer):
         self._speed = Speedometer(self.args.device, self.args.world_size)
         self._scored = ScoredModel(self.model, chunk_bytes)
         self._entry: Any = None
+        self._rates_used: dict[str, float] = {}
+        self.guard = FiniteGuard(self.model, self._replay, skips_nonfinite, self.accelerator.scaler)
+        self.add_callback(_Start(self.guard))
         if sharding is not None:
             shard_root(self._scored, sharding)
             register_fsdp_forward_method(self._scored, "head_is_plain")
@@ -124,9 +131,21 @@ class AdapterTrainer(SFTTrainer):
         summands = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return total * summands / torch.as_tensor(num_items_in_batch).clamp(min=1)
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """The trainer's, under the guard's eyes."""
+        self.guard.begin(self._tr_loss)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.add(inputs, loss, num_items_in_batch)
+        return loss
+
+    def _replay(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        with self.compute_loss_context_manager():
+            return self.compute_loss(self.model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """The trainer's, with speed and memory."""
-        super().log({**logs, **self._speed.read()} if "loss" in logs else logs, start_time)
+        """The trainer's, with speed, memory and the rate of each part."""
+        logs = self.guard.corrected(logs, self.state.global_step)
+        super().log({**logs, **self._rates_used, **self._speed.read()} if "loss" in logs else logs, start_time)
 
     def evaluation_loop(
         self,
@@ -148,11 +167,25 @@ class AdapterTrainer(SFTTrainer):
         gather = self.accelerator.gather if self.padding_free else self.accelerator.gather_for_metrics
         with self.compute_loss_context_manager():
             tally = score(entry, self._prepared(dataloader), self._head_is_plain, gather)
+        self._check_evaluation(tally.loss, dataloader)
         metrics = {"loss": tally.loss, "perplexity": tally.perplexity}
         if self._asked:
             metrics["exact_match"] = self._exact_match()
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=tally.rows)
+
+    def _check_evaluation(self, loss: float, dataloader: Any) -> None:
+        """Stop at a loss that is not finite; where it begins is found by measuring once more."""
+        if math.isfinite(loss):
+            return
+        with first_bad_output(self._scored) as outputs, self.compute_loss_context_manager():
+            score(self._scored, map(self._prepare_inputs, dataloader), self._head_is_plain)
+        places = [place for found in gathered(outputs[:1]) for place in found]
+        where = f", first in the output of {places[0]}" if places else ""
+        raise NumericsError(
+            f"the evaluation loss after step {self.state.global_step} is not finite{where}; lower --learning_rate, "
+            "or with --dtype float16 use bfloat16"
+        )
 
     def _prepared(self, dataloader: Any) -> Iterator[dict[str, Any]]:
         for batch in dataloader:
@@ -184,7 +217,10 @@ class AdapterTrainer(SFTTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        return whole(norm) if isinstance(norm, Tensor) else norm
+        norm = whole(norm) if isinstance(norm, Tensor) else norm
+        self._rates_used = rates_by_part(self.optimizer.param_groups)
+        # The last moment before the optimizer's step.
+        return norm if self.guard.passes(norm, self.state.global_step + 1) else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; every process joins in, for a sharded one must be gathered."""
@@ -195,6 +231,7 @@ class AdapterTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
         is_checkpoint = directory != Path(self.args.output_dir)
+        check_weights(self.model)
         save_adapter(self.model, directory, exact_offsets=is_checkpoint, write=self.args.should_save)
         if self.args.should_save:
             self.processing_class.save_pretrained(directory)
@@ -233,6 +270,16 @@ class AdapterTrainer(SFTTrainer):
 
 def _is_plain(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+
+
+class _Start(TrainerCallback):
+    """Tells the guard at which step a run, maybe a resumed one, begins."""
+
+    def __init__(self, guard: FiniteGuard) -> None:
+        self._guard = guard
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._guard.start(state.global_step)
 
 
 class MeasureTheEnd(TrainerCallback):

@@ -17,18 +17,21 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import enable_full_determinism, set_seed
 from transformers.utils import logging
 
 from qdora.arguments import adapter_config, flags_of, parse_train, rates
+from qdora.config import AdapterConfig
 from qdora.corpus import Corpus, load_corpus, use_chat_template
 from qdora.curves import loss_series
 from qdora.data import EncodedData
 from qdora.distributed import is_main, processes, say
-from qdora.errors import CheckpointError, ConfigError, NumericsError, QDoRAError, reason
+from qdora.errors import CheckpointError, ConfigError, NumericsError, QDoRAError, out_of_memory, reason
+from qdora.exhausted import Headroom, let_go, memory_explained, moment_of
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
 from qdora.model import load_model, trainable_parameters
+from qdora.movement import MovementWatch
 from qdora.notes import Intention, leave_notes
 from qdora.optimizer import CompensatedAdamW
 from qdora.packing import settle_packing
@@ -40,6 +43,7 @@ from qdora.preflight import (
     check_trackers,
     check_unused,
     checkpoint_to_resume,
+    last_checkpoint,
 )
 from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
@@ -65,6 +69,8 @@ class TrainReport:
     """When that was, if evaluations chose it."""
     trained_values: int
     data: str
+    remarks: tuple[str, ...] = ()
+    """What went otherwise than it should: steps left out, parts that stood still."""
 
     def __str__(self) -> str:
         loss = f"loss {self.first_loss:.4f} → {self.last_loss:.4f} in {self.steps} steps"
@@ -72,6 +78,7 @@ class TrainReport:
         kept = "" if self.best_step is None else f" (the best, of step {self.best_step}, was kept)"
         return (
             f"{loss}{evaluation}{kept}; {self.trained_values:,} values trained\n"
+            f"{''.join(remark + chr(10) for remark in self.remarks)}"
             f"adapter in {self.output_dir}; beside it {REPORT_FILE}, {LOG_FILE} and loss.png"
         )
 
@@ -89,7 +96,7 @@ def train(config: str | Path | None = None, **flags: Any) -> TrainReport | None:
 
     Raises:
         QDoRAError: a flag, the data or the model is wrong; nothing was trained.
-        NumericsError: the loss stopped being finite.
+        NumericsError: a loss, a gradient or a trained value is not finite; no such adapter was written.
     """
     return train_from_arguments([*([] if config is None else [str(config)]), *flags_of(flags)])
 
@@ -119,28 +126,19 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     tokenizer = load_tokenizer(run.model_name_or_path, training.trust_remote_code)
     use_chat_template(tokenizer, training)
     corpus = load_corpus(run, training, tokenizer)
-    set_seed(training.seed)
-    model = load_model(
-        run.model_name_or_path,
-        adapter,
-        dtype=run.dtype,
-        device=training.device,
-        load_in_4bit=run.load_in_4bit,
-        stream_base=run.stream_base,
-        embedding_on_host=run.embedding_on_host,
-        sharding=sharding,
-        trust_remote_code=training.trust_remote_code,
-    )
-    if run.init_lora_weights == "loftq":
-        _begin_with_residual(model, run, training)
+    headroom = Headroom(run, training, sharding is not None)
+    _make_repeatable(training)
+    with memory_explained("while the model was loaded", headroom):
+        model = _load(run, training, adapter, sharding)
     freeze_part(model, run.freeze)
     say(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {_places(training, sharding)}")
     meant = Intention.of(run, training, need)
-    trainer = _build_trainer(model, tokenizer, training, corpus, run, sharding)
-    _run(trainer, resume)
+    with memory_explained("before the first step", headroom):
+        trainer = _build_trainer(model, tokenizer, training, corpus, run, sharding)
+    _run(trainer, resume, headroom)
     report = _finish(trainer, run, corpus, output_dir)
     if is_main():
-        leave_notes(trainer, run, meant, corpus, report.best_step, time.perf_counter() - started)
+        leave_notes(trainer, run, meant, corpus, report.best_step, report.remarks, time.perf_counter() - started)
     return report
 
 
@@ -161,6 +159,32 @@ def _plan(run: RunArguments, training: Any) -> str:
         adopt(plan, run, training)
     say(f"plan: {plan.flags()}\n{need}")
     return str(need)
+
+
+def _make_repeatable(training: Any) -> None:
+    """Seed everything that is drawn from here on: fresh adapters, dropout, the order of rows.
+
+    cuBLAS reads how it must work when it is first used, so that `--full_determinism` is settled before there is a model;
+    the trainer would do it after.
+    """
+    (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
+
+
+def _load(run: RunArguments, training: Any, adapter: AdapterConfig, sharding: Sharding | None) -> Any:
+    model = load_model(
+        run.model_name_or_path,
+        adapter,
+        dtype=run.dtype,
+        device=training.device,
+        load_in_4bit=run.load_in_4bit,
+        stream_base=run.stream_base,
+        embedding_on_host=run.embedding_on_host,
+        sharding=sharding,
+        trust_remote_code=training.trust_remote_code,
+    )
+    if run.init_lora_weights == "loftq":
+        _begin_with_residual(model, run, training)
+    return model
 
 
 def _begin_with_residual(model: Any, run: RunArguments, training: Any) -> None:
@@ -202,7 +226,7 @@ def _build_trainer(
     from qdora.trainer import AdapterTrainer, KeepInputsOnHost, MeasureTheEnd
 
     training.dataloader_pin_memory &= training.device.type != "cpu"
-    callbacks: list[Any] = []
+    callbacks: list[Any] = [MovementWatch()]
     if run.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run.early_stopping_patience, run.early_stopping_threshold))
     if training.load_best_model_at_end and training.eval_strategy == "steps":
@@ -229,8 +253,11 @@ def _build_trainer(
             sharding=sharding,
             rates=rates(run, training),
             asked=corpus.asked,
+            skips_nonfinite=run.on_nonfinite == "skip",
         )
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        if out_of_memory(error):
+            raise
         raise ConfigError(f"these training flags do not fit together: {reason(error)}") from None
 
 
@@ -242,16 +269,11 @@ def _own_optimizer(training: Any) -> tuple[type[torch.optim.Optimizer], dict[str
     return CompensatedAdamW, {"lr": training.learning_rate, "betas": betas, "eps": training.adam_epsilon}
 
 
-def _run(trainer: Any, resume: str | None) -> None:
+def _run(trainer: Any, resume: str | None, headroom: Headroom) -> None:
     try:
         trainer.train(resume_from_checkpoint=resume)
-    except QDoRAError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise QDoRAError(
-            f"out of memory after {trainer.state.global_step} steps: lower --per_device_train_batch_size (and raise "
-            f"--gradient_accumulation_steps) or --max_length ({reason(error)})"
-        ) from None
+    except NumericsError as error:
+        raise NumericsError(f"{error}; {_way_back(trainer)}") from None
     except UnpicklingError as error:
         # torch reads a trainer's state with `weights_only`, and refuses whatever would run code
         raise CheckpointError(f"{resume} holds what no trainer's state is made of ({reason(error)})") from None
@@ -260,6 +282,42 @@ def _run(trainer: Any, resume: str | None) -> None:
         raise ConfigError(
             f"training stopped after {trainer.state.global_step} steps: {reason(error)}; check the flags"
         ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise QDoRAError(_exhausted(trainer, error, headroom)) from None
+
+
+def _exhausted(trainer: Any, error: BaseException, headroom: Headroom) -> str:
+    """Save what can be saved, and say where memory ran out and how to go on."""
+    moment, said, args = moment_of(error, trainer.model), reason(error), trainer.args
+    let_go(error)
+    trainer.model.zero_grad()
+    if moment.whole:
+        _save_before_leaving(trainer)
+    advice = headroom.advice()
+    if moment.evaluating:
+        advice = f"lower --per_device_eval_batch_size, which is {args.per_device_eval_batch_size}"
+    done = f"after {trainer.state.global_step} of {trainer.state.max_steps} steps"
+    return f"out of memory {moment.words}, {done} ({said}); {advice}; {_way_back(trainer)}"
+
+
+def _save_before_leaving(trainer: Any) -> None:
+    """A checkpoint of the last step, unless there is one; several processes cannot, for the others wait elsewhere."""
+    last, step = last_checkpoint(Path(trainer.args.output_dir)), trainer.state.global_step
+    if processes() > 1 or step == 0 or (last is not None and last.name == f"checkpoint-{step}"):
+        return
+    try:
+        trainer._save_checkpoint(trainer.model, trial=None)
+    except (RuntimeError, MemoryError, OSError):
+        return  # then an earlier one is the last, and is named
+
+
+def _way_back(trainer: Any) -> str:
+    last = last_checkpoint(Path(trainer.args.output_dir))
+    if last is None:
+        return "no checkpoint was written yet: begin anew"
+    return f"the last good checkpoint is {last}: go on with --resume_from_checkpoint last"
 
 
 def _finish(trainer: Any, run: RunArguments, corpus: Corpus, output_dir: Path) -> TrainReport:
@@ -284,7 +342,13 @@ def _finish(trainer: Any, run: RunArguments, corpus: Corpus, output_dir: Path) -
         best_step=best_step,
         trained_values=trainable_parameters(trainer.model),
         data=str(corpus.data),
+        remarks=_remarks(trainer),
     )
+
+
+def _remarks(trainer: Any) -> tuple[str, ...]:
+    watches = [trainer.guard, *(c for c in trainer.callback_handler.callbacks if isinstance(c, MovementWatch))]
+    return tuple(remark for watch in watches if (remark := watch.remark()) is not None)
 
 
 def _best_step(trainer: Any) -> int | None:
