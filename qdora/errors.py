@@ -4,13 +4,14 @@
       ├─ ConfigError             a flag, a config file or an argument is wrong
       ├─ CheckpointError         a model or adapter directory is missing, damaged or of the wrong kind
       ├─ DataError               a data file is missing, unreadable or not in a known layout
+      ├─ OutputError             what was to be written could not be: the disk is full, read-only or gone
       └─ NumericsError           a number came out that must not be trusted (not finite, overflow)
 
 Every message says what was wrong, what was found and what to do. Anything else that escapes is a bug and
 keeps its traceback.
 """
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "NumericsError", "QDoRAError", "reason"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "NumericsError", "OutputError", "QDoRAError", "reason"]
 
 
 class QDoRAError(Exception):
@@ -27,6 +28,10 @@ class CheckpointError(QDoRAError):
 
 class DataError(QDoRAError):
     """A data file is missing, unreadable or not in a known layout."""
+
+
+class OutputError(QDoRAError):
+    """What was to be written could not be: the disk is full, read-only or gone."""
 
 
 class NumericsError(QDoRAError):
