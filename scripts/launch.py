@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -55,13 +56,27 @@ class Launcher:
         self._server.stdin.close()
         self._server.wait()
 
-    def start(self, arguments: Sequence[str], directory: Path, kill_at: int | None = None) -> int:
+    def start(
+        self,
+        arguments: Sequence[str],
+        directory: Path,
+        kill_at: int | None = None,
+        by: signal.Signals = signal.SIGKILL,
+        largest_file: int | None = None,
+    ) -> int:
         """Start `qdora` in a directory and return its process id; what it prints goes to `log` there, after the old.
 
         Args:
-            kill_at: before which change to its directory it kills itself, counted from 1.
+            kill_at: before which change to its directory it gets the signal `by`, counted from 1.
+            largest_file: in bytes; writing more fails, as it does on a full disk.
         """
-        request = {"arguments": list(arguments), "directory": str(directory.resolve()), "kill_at": kill_at}
+        request = {
+            "arguments": list(arguments),
+            "directory": str(directory.resolve()),
+            "kill_at": kill_at,
+            "by": int(by),
+            "largest_file": largest_file,
+        }
         self._ask(json.dumps(request))
         return int(self._answer())
 
@@ -88,8 +103,8 @@ def changes_counted(directory: Path) -> int:
 class _Changes:
     """An audit hook that counts changes below a directory."""
 
-    def __init__(self, directory: str, kill_at: int | None) -> None:
-        self._below, self._kill_at, self.count = directory + os.sep, kill_at, 0
+    def __init__(self, directory: str, kill_at: int | None, by: int) -> None:
+        self._below, self._kill_at, self._by, self.count = directory + os.sep, kill_at, by, 0
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -101,7 +116,7 @@ class _Changes:
         if (os.path.abspath(arguments[0]) + os.sep).startswith(self._below):
             self.count += 1
             if self.count == self._kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), self._by)
 
 
 def run_child(request: dict[str, Any]) -> None:
@@ -112,7 +127,9 @@ def run_child(request: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     from qdora.cli import main
 
-    changes = _Changes(request["directory"], request["kill_at"])
+    if request["largest_file"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+    changes = _Changes(request["directory"], request["kill_at"], request["by"])
     sys.addaudithook(changes)
     status = main(request["arguments"])
     sys.stdout.flush()
