@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qdora.checkpoint import load_adapter, save_adapter
     from qdora.config import AdapterConfig
     from qdora.dora import DoRALinear
-    from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, QDoRAError
+    from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, OutputError, QDoRAError
     from qdora.inject import adapters_disabled
     from qdora.model import load_model
     from qdora.tokenizer import load_tokenizer
@@ -46,6 +46,7 @@ __all__ = [
     "InspectReport",
     "MergeReport",
     "NumericsError",
+    "OutputError",
     "QDoRAError",
     "QuantizeReport",
     "TrainReport",
@@ -68,7 +69,7 @@ _HOMES = {
     "checkpoint": ("load_adapter", "save_adapter"),
     "config": ("AdapterConfig",),
     "dora": ("DoRALinear",),
-    "errors": ("CheckpointError", "ConfigError", "DataError", "NumericsError", "QDoRAError"),
+    "errors": ("CheckpointError", "ConfigError", "DataError", "NumericsError", "OutputError", "QDoRAError"),
     "inject": ("adapters_disabled",),
     "model": ("load_model",),
     "tokenizer": ("load_tokenizer",),

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -30,7 +30,7 @@ from qdora.errors import CheckpointError, ConfigError, reason, shown
 from qdora.inject import adapted_linears, attach, linear_paths, linear_shape
 from qdora.kinship import Origin, answers_of, kinship, probed_paths
 from qdora.nf4 import BLOCKSIZE, NF4Weight
-from qdora.output import write_json
+from qdora.output import save_tensors, whole_files, write_json
 from qdora.shards import check_header
 from qdora.stream import StreamedWeight
 
@@ -175,10 +175,11 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False,
     metadata = {"format": "pt", "qdora_base": _kind_of_base(model), **_origin_of_base(model, layers)}
     targets = _target_names(config, list(layers), linear_paths(model))
     (directory / OFFSETS_FILE).unlink(missing_ok=True)  # an earlier adapter's
-    _replace_file(directory / WEIGHTS_FILE, tensors, metadata)
-    if exact_offsets and offsets:
-        _replace_file(directory / OFFSETS_FILE, offsets, {"format": "pt"})
-    write_json(directory / CONFIG_FILE, _peft_config(config, targets, getattr(model.config, "_name_or_path", None)))
+    with whole_files(directory) as scratch:
+        save_tensors(tensors, scratch / WEIGHTS_FILE, metadata)
+        if exact_offsets and offsets:
+            save_tensors(offsets, scratch / OFFSETS_FILE, {"format": "pt"})
+        write_json(scratch / CONFIG_FILE, _peft_config(config, targets, getattr(model.config, "_name_or_path", None)))
 
 
 @torch.no_grad()
@@ -446,9 +447,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return content
-
-
-def _replace_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    scratch = path.with_name(f".{path.name}.unfinished")
-    save_file(tensors, scratch, metadata=metadata)
-    scratch.replace(path)

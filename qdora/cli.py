@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb.
 
     Returns:
-        The exit status: 0, or 2 after one line on standard error that says what was wrong and what to do; 130 if
-        interrupted.
+        The exit status: 0, or 2 after one line on standard error that says what was wrong and what to do; 130 or
+        143 if SIGINT or SIGTERM ended it.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     screen = f"qdora {__version__}" if given[:1] == ["--version"] else screens.asked_for(given)
@@ -41,16 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, arguments: list[str]) -> tuple[int, str]:
     """The exit status and what to say on standard error."""
+    from qdora.distributed import is_main
+    from qdora.signals import ending_cleanly
+
     try:
-        _VERBS[verb](arguments)
+        with ending_cleanly():
+            _VERBS[verb](arguments)
     except QDoRAError as error:
         return 2, f"qdora: {' '.join(str(error).split())}"
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return 2, f"qdora: out of memory: {reason(error)}; a smaller model, batch or length may fit"
-    except KeyboardInterrupt:
-        return 130, "qdora: interrupted"
+    except KeyboardInterrupt as stop:
+        line = f"qdora: {str(stop) or 'interrupted'}"
+        return getattr(stop, "status", 130), line if is_main() else ""
     return 0, ""
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 __all__ = ["loss_series", "plot_loss"]
@@ -15,8 +15,8 @@ def loss_series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[i
     return [step for step, _ in points], [value for _, value in points]
 
 
-def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw training and evaluation loss over the steps to a PNG."""
+def plot_loss(history: Sequence[Mapping[str, Any]], title: str) -> bytes:
+    """A PNG of training and evaluation loss over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,4 +31,6 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120, format="png")
+    return png.getvalue()

@@ -4,6 +4,7 @@
       ├─ ConfigError             a flag, a config file or an argument is wrong
       ├─ CheckpointError         a model or adapter directory is missing, damaged or of the wrong kind
       ├─ DataError               a data file is missing, unreadable or not in a known layout
+      ├─ OutputError             what was to be written could not be: the disk is full, read-only or gone
       └─ NumericsError           a number came out that must not be trusted (not finite, overflow)
 
 Every message says what was wrong, what was found and what to do. Anything else that escapes is a bug and
@@ -15,6 +16,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "NumericsError",
+    "OutputError",
     "QDoRAError",
     "out_of_memory",
     "reason",
@@ -36,6 +38,10 @@ class CheckpointError(QDoRAError):
 
 class DataError(QDoRAError):
     """A data file is missing, unreadable or not in a known layout."""
+
+
+class OutputError(QDoRAError):
+    """What was to be written could not be: the disk is full, read-only or gone."""
 
 
 class NumericsError(QDoRAError):

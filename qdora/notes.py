@@ -12,6 +12,7 @@ from qdora.corpus import Corpus
 from qdora.curves import plot_loss
 from qdora.data import marked
 from qdora.flags import RunArguments
+from qdora.output import replace_bytes
 from qdora.planner import asked_plan
 from qdora.progress import memory_bytes
 from qdora.report import LOG_FILE, REPORT_FILE, Group, RunFacts, write_log, write_report
@@ -62,7 +63,8 @@ def leave_notes(
     """Write what people read afterwards into the run's directory."""
     history, training = trainer.state.log_history, trainer.args
     out = Path(training.output_dir)
-    plot_loss(history, out / "loss.png", f"{Path(run.model_name_or_path).name} on {Path(run.dataset).name}")
+    title = f"{Path(run.model_name_or_path).name} on {Path(run.dataset).name}"
+    replace_bytes(out / "loss.png", plot_loss(history, title))
     write_log(history, out / LOG_FILE)
     facts = RunFacts(
         base=run.model_name_or_path,

@@ -1,23 +1,46 @@
 """Outputs appear whole or not at all.
 
-A directory is built beside its final place, flushed to disk and renamed into it in one step. Whatever interrupts the
-work leaves no half-written directory under the final name; the unfinished one is removed.
+A directory is built beside its final place, flushed to disk and renamed into it in one step; files that join a
+directory are built in a scratch directory within it. Whatever interrupts the work leaves nothing half-written under a
+final name. An error removes what is unfinished. A kill leaves it behind, and the next run with that output, alone there
+by its lock, puts right what it finds: an old directory that had stepped aside comes back, scratch directories go.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from qdora.errors import ConfigError
+from safetensors.torch import save_file
+from torch import Tensor
 
-__all__ = ["check_output", "new_directory", "replace_text", "write_json"]
+from qdora.errors import ConfigError, OutputError, QDoRAError, reason
+from qdora.lock import locked
+
+__all__ = [
+    "UNFINISHED",
+    "check_output",
+    "flush",
+    "new_directory",
+    "put_in_place",
+    "replace_bytes",
+    "replace_text",
+    "save_tensors",
+    "scratch_beside",
+    "whole_files",
+    "write_json",
+    "writing",
+]
+
+UNFINISHED = ".unfinished"
 
 
 def check_output(out: str | Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> Path:
@@ -49,52 +72,151 @@ def new_directory(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A scratch directory that becomes `out` when the block ends without an error.
 
     Raises:
-        ConfigError: `out` holds something and `overwrite` is off, or it cannot be written.
+        ConfigError: `out` holds something and `overwrite` is off, another run writes to it, or it cannot be written.
+        OutputError: the disk is full, read-only or gone.
     """
     path = check_output(out, overwrite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write to {path.parent}: {error.strerror}") from None
-    try:
-        yield scratch
-        _flush(scratch)
-        scratch.chmod(0o755)
-        _put_in_place(scratch, path)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path.with_name(f".{path.name}.lock"), out))
+            _recover(path)
+            check_output(out, overwrite)
+            scratch = scratch_beside(path)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {path.parent}: {error.strerror}") from None
+        try:
+            with writing(out):
+                yield scratch
+                flush(scratch)
+                check_output(out, overwrite)  # another program may have been here meanwhile
+                put_in_place(scratch, path)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
 
-def _put_in_place(scratch: Path, path: Path) -> None:
+def scratch_beside(path: Path) -> Path:
+    """A new directory that the next run with this output would remove, should this one be killed."""
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}{UNFINISHED}-", dir=path.parent))
+
+
+def put_in_place(scratch: Path, path: Path) -> None:
     """The old directory steps aside and goes only when the new one stands, so that a kill never leaves neither."""
     aside = scratch.with_name(f"{scratch.name}-replaced")
     if path.exists():
         path.rename(aside)
-    scratch.rename(path)
+    try:
+        scratch.rename(path)
+    except BaseException:
+        if aside.exists():
+            aside.rename(path)
+        raise
     _flush_one(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def _recover(path: Path) -> None:
+    """What a killed run left beside its output; no living one does, for the lock is held."""
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}{UNFINISHED}-*")):
+        if left.name.endswith("-replaced") and not path.exists():
+            left.rename(path)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def whole_files(directory: Path) -> Iterator[Path]:
+    """A scratch directory whose files go to `directory`, each whole, when the block ends without an error."""
+    scratch = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}-", dir=directory))
+    try:
+        yield scratch
+        flush(scratch)
+        for file in sorted(scratch.iterdir()):
+            file.replace(directory / file.name)
+        _flush_one(directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, of which equal tensors and facts make equal bytes.
+
+    safetensors writes the metadata's keys in an order that changes from process to process; here they are sorted.
+    """
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length  # the same entries, and the blanks that fill up the header
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, sorted as given, with a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a JSON file, sorted as given, with a final newline; whole, or it leaves the one that is there."""
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file that appears whole, or leaves the one that is there."""
-    scratch = path.with_name(f".{path.name}.unfinished")
-    scratch.write_text(text, encoding="utf-8")
-    _flush_one(scratch)
-    scratch.replace(path)
+    replace_bytes(path, text.encode())
 
 
-def _flush(directory: Path) -> None:
-    for entry in directory.rglob("*"):
-        if entry.is_file():
-            entry.chmod(0o644)
-            _flush_one(entry)
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file that appears whole, or leaves the one that is there."""
+    scratch = path.with_name(f".{path.name}{UNFINISHED}")
+    try:
+        scratch.write_bytes(content)
+        _flush_one(scratch)
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(place: str | Path, then: str = "make room there, or choose another place") -> Iterator[None]:
+    """Turns what libraries raise when they cannot write into one line.
+
+    Args:
+        then: what to do about it.
+
+    Raises:
+        OutputError: the disk is full, read-only or gone.
+    """
+    try:
+        yield
+    except QDoRAError:
+        raise
+    except Exception as error:
+        why = _why_unwritten(error)
+        if why is None:
+            raise
+        raise OutputError(f"cannot write {place}: {why}; {then}") from None
+
+
+def _why_unwritten(error: Exception) -> str | None:
+    """None if the error is about something else."""
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror or reason(error)}{where}"
+    told_by_rust = re.search(r"([^:]+) \(os error \d+\)", str(error))
+    if told_by_rust is not None:
+        return told_by_rust[1].strip()
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return "torch could not write all of it, as if the disk were full"
+    if isinstance(error, RuntimeError) and str(error).startswith("Parent directory"):
+        return "its directory is gone"
+    return None
+
+
+def flush(directory: Path) -> None:
+    """Put all that is in a scratch directory on the disk, to be read by others as any output is."""
+    for entry in [*directory.rglob("*"), directory]:
+        entry.chmod(0o644 if entry.is_file() else 0o755)
+        _flush_one(entry)
 
 
 def _flush_one(path: Path) -> None:

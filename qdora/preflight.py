@@ -1,15 +1,12 @@
-"""What may be wrong with a run, found before the long work: its output, the checkpoint to resume, flags that clash."""
+"""What may be wrong with a run, found before the long work: its output, its trackers, flags that clash."""
 
 from __future__ import annotations
 
-import re
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
 from transformers.integrations import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
@@ -17,20 +14,12 @@ from transformers.integrations import (
     is_flytekit_available,
 )
 
-from qdora.errors import CheckpointError, ConfigError, reason
+from qdora.errors import ConfigError, reason
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.model import is_nf4_checkpoint
 from qdora.sources import local_model
 
-__all__ = [
-    "check_original",
-    "check_place",
-    "check_sharded",
-    "check_trackers",
-    "check_unused",
-    "checkpoint_to_resume",
-    "last_checkpoint",
-]
+__all__ = ["check_original", "check_place", "check_sharded", "check_trackers"]
 
 # Of trackers that are not called as their packages are.
 _TRACKER_PACKAGES = {
@@ -114,58 +103,3 @@ def check_place(output_dir: Path) -> None:
         raise ConfigError(f"cannot write to {output_dir}: {error.strerror}; choose another --output_dir") from None
     if (output_dir / "config.json").is_file():
         raise ConfigError(f"{output_dir} holds a model; choose another --output_dir for the adapter")
-
-
-def check_unused(output_dir: Path, overwrite: bool) -> None:
-    """That no earlier run would be written over."""
-    used = output_dir / "adapter_config.json"
-    if not overwrite and (used.is_file() or _checkpoints(output_dir)):
-        raise ConfigError(
-            f"{output_dir} holds an earlier run; go on with --resume_from_checkpoint last, choose another directory, "
-            "or pass --overwrite_output_dir true"
-        )
-
-
-def checkpoint_to_resume(training: Any, output_dir: Path) -> str | None:
-    """The whole checkpoint that `--resume_from_checkpoint` means, or None without the flag."""
-    wanted = training.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() in ("true", "last"):
-        found = _checkpoints(output_dir)
-        if not found:
-            raise ConfigError(f"nothing to resume: {output_dir} holds no checkpoint; start without the flag")
-        wanted = found[-1]
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ConfigError(f"nothing to resume: {wanted} is not a trainer's checkpoint; name one, or `last`")
-    _check_whole(Path(wanted))
-    return str(wanted)
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, if there is one."""
-    return next(reversed(_checkpoints(output_dir)), None)
-
-
-def _check_whole(checkpoint: Path) -> None:
-    try:
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-        for path in filter(Path.is_file, states):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile(path.name)
-    except (OSError, ValueError, TypeError, RecursionError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{checkpoint} is damaged or cut short ({reason(error)}); resume from an earlier one by its name"
-        ) from None
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints that are complete (the trainer writes its state last), oldest first."""
-    found = [
-        (int(match[1]), path)
-        for path in output_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
-    ]
-    return [path for _, path in sorted(found)]

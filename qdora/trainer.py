@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
@@ -25,12 +25,18 @@ from qdora.loss import CHUNK_BYTES, IGNORED
 from qdora.measure import score
 from qdora.numerics import FiniteGuard, check_weights, first_bad_output
 from qdora.offload import HostInputs
+from qdora.output import whole_files, writing
 from qdora.packing import check_rows_apart
 from qdora.progress import Progress, Speedometer
+from qdora.resume import keep_newest, name_checkpoint, scratch_of
 from qdora.scoring import ScoredModel
 from qdora.sharding import Sharding, shard_root
+from qdora.signals import Stopped, StopRequest
 
-__all__ = ["AdapterTrainer", "KeepInputsOnHost", "MeasureTheEnd"]
+__all__ = ["AdapterTrainer", "KeepInputsOnHost", "MeasureTheEnd", "StopWhenAsked"]
+
+
+_MAKE_ROOM = "make room, and the same command goes on from the newest checkpoint that is there"
 
 
 class AdapterTrainer(SFTTrainer):
@@ -45,6 +51,8 @@ class AdapterTrainer(SFTTrainer):
         rates: of magnitude and direction; by default both have the trainer's.
         asked: questions to answer at each evaluation.
         skips_nonfinite: leave out a step whose loss or gradient is not finite, instead of stopping.
+        keep: how many checkpoints, or all. The trainer's own `save_total_limit` must be off: it removes them in place,
+            where a kill would leave half of one under its name.
         settings: of `SFTTrainer`, the model among them.
     """
 
@@ -59,9 +67,11 @@ class AdapterTrainer(SFTTrainer):
         rates: Rates | None = None,
         asked: Sequence[Question] = (),
         skips_nonfinite: bool = False,
+        keep: int | None = None,
         **settings: Any,
     ) -> None:
-        self._sharding, self._rates, self._asked = sharding, rates, list(asked)
+        self._sharding, self._rates, self._asked, self._keep = sharding, rates, list(asked), keep
+        self._saving_to: Path | None = None
         super().__init__(**settings)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -234,7 +244,44 @@ class AdapterTrainer(SFTTrainer):
         check_weights(self.model)
         save_adapter(self.model, directory, exact_offsets=is_checkpoint, write=self.args.should_save)
         if self.args.should_save:
-            self.processing_class.save_pretrained(directory)
+            with whole_files(directory) as scratch:
+                self.processing_class.save_pretrained(scratch)
+
+    def _get_output_dir(self, trial: Any) -> Any:
+        return super()._get_output_dir(trial) if self._saving_to is None else str(self._saving_to)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The trainer's, in a scratch directory: it gets its name when it is complete and on the disk."""
+        out, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        checkpoint, self._saving_to = out / name, scratch_of(out)
+        try:
+            with writing(checkpoint, _MAKE_ROOM):
+                super()._save_checkpoint(model, trial)
+                if self.state.best_model_checkpoint == str(self._saving_to / name):
+                    self.state.best_model_checkpoint = str(checkpoint)
+                if self.args.should_save:
+                    self.state.save_to_json(str(self._saving_to / name / "trainer_state.json"))
+                    name_checkpoint(self._saving_to / name, checkpoint)
+                    keep_newest(out, self._keep, checkpoint, self.state.best_model_checkpoint)
+        finally:
+            self._saving_to = None
+        self.accelerator.wait_for_everyone()  # or one might leave, and end all, while the main one is writing
+
+    def save_all(self) -> None:
+        """The adapter and the trainer's state, at the end of a run."""
+        out = Path(self.args.output_dir)
+        with writing(out, _MAKE_ROOM):
+            self.save_model()
+            if self.args.should_save:
+                with whole_files(out) as scratch:
+                    self.state.save_to_json(str(scratch / "trainer_state.json"))
+
+    def stand_at(self, checkpoint: str) -> None:
+        """As after a training whose last checkpoint this is: what was to be kept is loaded, nothing is trained."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        load_adapter(self.model, best or checkpoint)
+        self.create_optimizer()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._sharding is None:
@@ -288,6 +335,39 @@ class MeasureTheEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
+
+
+class StopWhenAsked(TrainerCallback):
+    """Ends the training after the step in which a signal asked for it, once a checkpoint is saved.
+
+    All processes end after the same step, whichever of them got the signal and when. At the end of an epoch the
+    checkpoint waits for the evaluation that is due then, or a resumed run would go without it; and a run that is at its
+    end ends as it would.
+
+    Args:
+        request: entered while the training runs.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        self._request, self._number = request, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        number = torch.tensor(self._request.number, device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        self._number = 0 if control.should_training_stop else int(number)
+        if self._number and not float(state.epoch).is_integer():
+            control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._number and not control.should_training_stop:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._number and not control.should_training_stop:
+            where = f"{args.output_dir}/checkpoint-{state.global_step}"
+            at = f" after step {state.global_step} of {state.max_steps}"
+            raise Stopped(self._number, f"{at}, saved as {where}; the same command goes on from there")
 
 
 class KeepInputsOnHost(TrainerCallback):

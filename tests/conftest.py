@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from launch import Launcher
+from stress_kill import Case, make_inputs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -99,6 +102,19 @@ def tiny_adapter(tiny_nf4: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("tiny") / "adapter"
     qdora.save_adapter(model, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Starts commands as processes that can be killed, without waiting for imports each time."""
+    with Launcher() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def cases(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """Commands to be killed, by name."""
+    return {case.name: case for case in make_inputs(tmp_path_factory.mktemp("kill"), launcher)}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from qdora.errors import CheckpointError
 from qdora.kinship import QUANTIZE_RECORD
 from qdora.model import Linears, compute_dtype, is_nf4_checkpoint, model_linears, nf4_config, pick_device
 from qdora.nf4 import NF4Weight, quantize_nf4
-from qdora.output import check_output, new_directory, write_json
+from qdora.output import check_output, new_directory, scratch_beside, write_json
 from qdora.shards import ShardReader, ShardWriter, fingerprint, format_bytes, parse_size
 from qdora.sources import copy_side_files, find_gguf, gguf_to_directory, local_model
 
@@ -106,18 +106,18 @@ def quantize(
     target = pick_device(device)
     check_output(out, overwrite, [model])
     with ExitStack() as stack:
+        directory = stack.enter_context(new_directory(out, overwrite))
         gguf = find_gguf(model)
         if gguf is not None:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="qdora-gguf-"))
-            gguf_to_directory(gguf, Path(scratch), kept_dtype, shard_bytes)
-            source = Path(scratch)
+            source = scratch_beside(Path(out).resolve())
+            stack.callback(shutil.rmtree, source, ignore_errors=True)
+            gguf_to_directory(gguf, source, kept_dtype, shard_bytes)
         else:
             source = local_model(model)
         if is_nf4_checkpoint(source, trust_remote_code):
             raise CheckpointError(f"{model} is in NF4 already; train on it as it is")
         reader = ShardReader(source)
         linears = model_linears(source, tuple(skip_modules), trust_remote_code)
-        directory = stack.enter_context(new_directory(out, overwrite))
         report = QuantizeReport(Path(out), bytes_before=reader.total_bytes, kept_experts=linears.stacks)
         with ShardWriter(directory, shard_bytes) as writer, _progress(reader) as bar:
             for key in reader:

@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,25 +31,21 @@ from qdora.errors import CheckpointError, ConfigError, NumericsError, QDoRAError
 from qdora.exhausted import Headroom, let_go, memory_explained, moment_of
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
+from qdora.lock import locked
 from qdora.model import load_model, trainable_parameters
 from qdora.movement import MovementWatch
 from qdora.notes import Intention, leave_notes
 from qdora.optimizer import CompensatedAdamW
+from qdora.output import writing
 from qdora.packing import settle_packing
 from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
-from qdora.preflight import (
-    check_original,
-    check_place,
-    check_sharded,
-    check_trackers,
-    check_unused,
-    checkpoint_to_resume,
-    last_checkpoint,
-)
+from qdora.preflight import check_original, check_place, check_sharded, check_trackers
 from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
+from qdora.resume import Start, begin_record, finish_record, last_checkpoint, start
 from qdora.sharding import Sharding, take_sharding
 from qdora.shards import parse_size
+from qdora.signals import Stopped, StopRequest
 from qdora.tokenizer import load_tokenizer
 
 __all__ = ["TrainReport", "train"]
@@ -108,13 +105,19 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
         _hush()
     run, training = parse_train(arguments)
     training.log_level_replica = "error"
-    sharding = take_sharding(training)
     output_dir = Path(training.output_dir)
     check_place(output_dir)
+    with ExitStack() as stack:
+        if is_main() and not run.dry_run:
+            with writing(output_dir):
+                stack.enter_context(locked(output_dir / ".qdora.lock", output_dir))
+        return _train(run, training, output_dir, started)
+
+
+def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -> TrainReport | None:
+    sharding = take_sharding(training)
     check_trackers(training.report_to)
-    resume = checkpoint_to_resume(training, output_dir)
-    if resume is None:
-        check_unused(output_dir, run.overwrite_output_dir)
+    beginning = start(run, training, output_dir)
     adapter = adapter_config(run)
     if sharding is not None:
         check_sharded(run, training)
@@ -133,12 +136,20 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     freeze_part(model, run.freeze)
     say(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {_places(training, sharding)}")
     meant = Intention.of(run, training, need)
+    request = StopRequest()
     with memory_explained("before the first step", headroom):
-        trainer = _build_trainer(model, tokenizer, training, corpus, run, sharding)
-    _run(trainer, resume, headroom)
+        trainer = _build_trainer(model, tokenizer, training, corpus, run, sharding, request)
+    trainer.accelerator.wait_for_everyone()  # all have seen the directory as it was
+    if is_main():
+        with writing(output_dir):
+            begin_record(beginning, output_dir)
+    with request:
+        _run(trainer, beginning, headroom)
     report = _finish(trainer, run, corpus, output_dir)
     if is_main():
-        leave_notes(trainer, run, meant, corpus, report.best_step, report.remarks, time.perf_counter() - started)
+        with writing(output_dir):
+            leave_notes(trainer, run, meant, corpus, report.best_step, report.remarks, time.perf_counter() - started)
+            finish_record(beginning, output_dir)
     return report
 
 
@@ -219,11 +230,12 @@ def _build_trainer(
     corpus: Corpus,
     run: RunArguments,
     sharding: Sharding | None,
+    request: StopRequest,
 ) -> Any:
     from datasets import Dataset
     from transformers import EarlyStoppingCallback
 
-    from qdora.trainer import AdapterTrainer, KeepInputsOnHost, MeasureTheEnd
+    from qdora.trainer import AdapterTrainer, KeepInputsOnHost, MeasureTheEnd, StopWhenAsked
 
     training.dataloader_pin_memory &= training.device.type != "cpu"
     callbacks: list[Any] = [MovementWatch()]
@@ -234,6 +246,8 @@ def _build_trainer(
     if training.activation_offloading:
         callbacks.append(KeepInputsOnHost(training.device))
         training.activation_offloading = False  # TRL would offload whatever is saved
+    callbacks.append(StopWhenAsked(request))  # after those that may end it otherwise
+    keep, training.save_total_limit = training.save_total_limit, None
     settle_packing(training)
     model.train()
 
@@ -254,6 +268,7 @@ def _build_trainer(
             rates=rates(run, training),
             asked=corpus.asked,
             skips_nonfinite=run.on_nonfinite == "skip",
+            keep=keep,
         )
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         if out_of_memory(error):
@@ -269,14 +284,23 @@ def _own_optimizer(training: Any) -> tuple[type[torch.optim.Optimizer], dict[str
     return CompensatedAdamW, {"lr": training.learning_rate, "betas": betas, "eps": training.adam_epsilon}
 
 
-def _run(trainer: Any, resume: str | None, headroom: Headroom) -> None:
+def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
+    if beginning.trained:
+        trainer.stand_at(beginning.checkpoint)
+        return
+    # How patient early stopping still is, for one: without that a resumed run might end at another step.
+    trainer.args.restore_callback_states_from_checkpoint |= beginning.same
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=beginning.checkpoint)
+    except Stopped:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # the bar, the trackers
+        raise
     except NumericsError as error:
         raise NumericsError(f"{error}; {_way_back(trainer)}") from None
     except UnpicklingError as error:
         # torch reads a trainer's state with `weights_only`, and refuses whatever would run code
-        raise CheckpointError(f"{resume} holds what no trainer's state is made of ({reason(error)})") from None
+        checkpoint = beginning.checkpoint
+        raise CheckpointError(f"{checkpoint} holds what no trainer's state is made of ({reason(error)})") from None
     except (ValueError, ImportError) as error:
         # what the trainer finds wrong only when it makes the optimizer, the schedule or the batches
         raise ConfigError(
@@ -328,8 +352,7 @@ def _finish(trainer: Any, run: RunArguments, corpus: Corpus, output_dir: Path) -
     _, eval_losses = loss_series(history, "eval_loss")
     if not all(map(math.isfinite, [*losses, *eval_losses])):
         raise NumericsError(f"the loss stopped being finite; no adapter was written to {output_dir}, lower the rate")
-    trainer.save_model()
-    trainer.save_state()
+    trainer.save_all()
     best_step = _best_step(trainer)
     kept = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == best_step]
     return TrainReport(
