@@ -3,13 +3,13 @@
     scripts/mutate.sh qdora/nf4.py             every mutant of the file, against tests/test_nf4.py
     scripts/mutate.sh qdora/nf4.py --again     only those that lived, after new tests were written
 
-It works in runs/mutation, on a copy of the tree. A mutant that no test kills is printed with its line, to be read: it is
-a gap in the tests, or it changes nothing that could be seen.
+It works in runs/mutation, on a copy of the tree. A mutant that no test kills is printed with its line, to be read: it
+is a gap in the tests, or it changes nothing that could be seen.
 
 mutmut leaves decorated functions alone, and the heart of this library is decorated (`once_differentiable`, `no_grad`,
-`compiler.disable`). In the copy, `@d` above `def f` is therefore written out as what it stands for, `f = d(f)` below it:
-mutmut sees a plain function, and each mutant is decorated as the original is. Statements outside functions stay as they
-are: constants, dataclass fields.
+`compiler.disable`). In the copy, `@d` above `def f` is therefore written out as what it stands for, `f = d(f)` below
+it: mutmut sees a plain function, and each mutant is decorated as the original is. Statements outside functions stay as
+they are: constants, dataclass fields.
 """
 
 from __future__ import annotations
