@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 DESELECTED = {"dora": ["test_two_processes_train_as_one"]}
 # A test run that dies of a mutant has noticed it.
 KILLED = ("killed", "segfault")
+# The plugin `unraisableexception` collects garbage five times as pytest ends: a second for each mutant.
 SETTINGS = """\
 [mutmut]
 source_paths = qdora
@@ -42,6 +43,8 @@ pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args =
     -p
     no:cacheprovider
+    -p
+    no:unraisableexception
 {deselected}"""
 
 

@@ -524,3 +524,13 @@ def test_rows_of_norm_zero_have_lora_s_gradients() -> None:
     ours, truth = ours_of(layer, x, g), truth_of(layer, x, g)
     assert relative_error(ours["B"][::7], truth["B"][::7]) < BUDGET[torch.float32]
     assert (ours["magnitude"][::7] == 0).all()
+
+
+@pytest.mark.parametrize("scaling", [0.25, 3.0])
+def test_other_scalings_match_fp64(scaling: float) -> None:
+    for use_dora in (True, False):
+        layer = make_layer("nf4", use_dora=use_dora)
+        layer.scaling = scaling
+        check(layer, 33, torch.float32)
+        if use_dora:
+            assert relative_error(layer.weight_norm(), true_norm(layer).detach()) < 1e-6
