@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from qdora.base import BaseWeight
 from qdora.dense import DenseWeight
@@ -534,3 +535,32 @@ def test_other_scalings_match_fp64(scaling: float) -> None:
         check(layer, 33, torch.float32)
         if use_dora:
             assert relative_error(layer.weight_norm(), true_norm(layer).detach()) < 1e-6
+
+
+def backward_flops(**trained: bool) -> int:
+    """Of 10 tokens; each of x, lora_A and lora_B is trained unless it is said that it is not."""
+    layer = make_layer("nf4")
+    x = torch.randn(10, 128, requires_grad=trained.pop("x", True))
+    for name, flag in trained.items():
+        layer.get_parameter(name).requires_grad_(flag)
+    y = layer(x)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    return counter.get_total_flops()
+
+
+def test_a_gradient_that_nobody_wants_is_not_computed() -> None:
+    everything = backward_flops()
+    assert everything - backward_flops(lora_A=False) == 2 * 10 * 8 * 128
+    assert everything - backward_flops(lora_B=False) == 2 * 10 * 8 * 96
+    assert everything - backward_flops(x=False) == 2 * 10 * 96 * 128
+
+
+def test_the_output_is_kept_for_the_magnitude_s_gradient_only() -> None:
+    layer = make_layer("nf4")
+    for trained in (True, False):
+        layer.magnitude_offset.requires_grad_(trained)
+        kept: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.shape), t)[1], lambda t: t):
+            layer(torch.randn(10, 128))
+        assert (torch.Size((10, 96)) in kept) == trained
