@@ -136,7 +136,6 @@ class NF4Weight(KeepsDtype):
         state = bnb.QuantState(
             absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
             shape=torch.Size((out_features, in_features)),
-            code=torch.empty(16),
             blocksize=BLOCKSIZE,
             quant_type="nf4",
             dtype=torch.bfloat16,

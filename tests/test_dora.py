@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from qdora.base import BaseWeight
 from qdora.dense import DenseWeight
-from qdora.dora import DoRALinear, FrozenLinear
+from qdora.dora import DoRALinear, FrozenLinear, _column_dots
 from qdora.nf4 import NF4Weight, quantize_nf4
 from qdora.optimizer import CompensatedAdamW
 from qdora.workspace import Workspace, assume
@@ -412,3 +413,154 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for name, value in alone.named_parameters():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(first[name].float(), value.float(), rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_the_merged_weight_is_the_equation_s(use_dora: bool) -> None:
+    layer = make_layer("nf4", use_dora=use_dora, zero_rows=True)
+    with torch.no_grad():
+        layer.lora_B[::7] = 0
+    W, A, B = (t.detach().double() for t in (layer.base.dequantize(), layer.lora_A, layer.lora_B))
+    m = layer.magnitude().double() if use_dora else None
+    merged = layer.merged_weight()
+    assert merged.dtype == torch.float32
+    assert relative_error(merged, reference.forward(torch.eye(128).double(), W, A, B, m, 2.0).t()) < 2e-6
+    assert (merged[::7] == 0).all()
+    assert torch.equal(layer.merged_weight(torch.float16), merged.half())
+
+
+def test_only_the_adapter_is_trained() -> None:
+    layer = make_layer("nf4", bias=True)
+    trained = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    assert trained == {"lora_A", "lora_B", "magnitude_offset"}
+    assert not any(parameter.requires_grad for parameter in FrozenLinear(layer.base, layer.bias).parameters())
+    assert layer.state_dict().keys() == trained | {"bias", "base.packed", "base.absmax"}
+
+
+def test_a_fresh_direction_is_lora_s() -> None:
+    layer = make_layer("nf4", trained=False)
+    bound = 1 / 128**0.5
+    assert 0.95 * bound < layer.lora_A.abs().max() <= bound
+    assert (layer.lora_B == 0).all()
+
+
+def test_the_row_scale_is_kept_until_something_changes() -> None:
+    layer, shard = make_layer("nf4"), torch.zeros(3)
+    layer.watch([shard])
+    kept = layer.row_scale()
+    assert layer.row_scale(torch.float32) is kept
+    shard.add_(1)
+    after_an_edit = layer.row_scale()
+    assert after_an_edit is not kept
+    assert layer.row_scale(torch.bfloat16) is not after_an_edit
+    assert make_layer("nf4", use_dora=False).row_scale() is None
+
+
+def test_frozen_and_switched_off_follow_autocast() -> None:
+    layer = make_layer("nf4", bias=True)
+    frozen = FrozenLinear(layer.base, layer.bias)
+    layer.enabled = False
+    x = torch.randn(9, 128, requires_grad=True)
+    for module in (frozen, layer):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = module(x)
+        assert y.dtype == torch.bfloat16
+        assert relative_error(y, frozen(x).detach().double()) < BUDGET[torch.bfloat16]
+
+
+def test_a_bias_takes_the_output_s_dtype() -> None:
+    layer = make_layer("nf4", bias=True)
+    assert layer(torch.randn(3, 128).bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_direction_that_cancels_the_weight_has_norm_zero_not_nan() -> None:
+    torch.manual_seed(0)
+    u, v = torch.randn(96, 1), torch.randn(1, 128)
+    layer = DoRALinear(DenseWeight(u @ v), rank=1, scaling=2.0, dtype=torch.float32)
+    with torch.no_grad():
+        layer.lora_A.copy_(v)
+        layer.lora_B.copy_(u / -2)
+    assert (layer.weight_norm() < 1e-2).all()
+    x = torch.randn(5, 128, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.isfinite(layer(x)).all()
+    for tensor in (x, layer.lora_A, layer.lora_B, layer.magnitude_offset):
+        assert torch.isfinite(tensor.grad).all()
+
+
+def test_the_magnitude_s_gradient_does_not_overflow_in_fp16() -> None:
+    layer = make_layer("nf4")
+    x, g = (200 * torch.randn(20, size).half() for size in (128, 96))
+    ours = ours_of(layer, x, 4 * g)
+    assert relative_error(ours["magnitude"], truth_of(layer, x, 4 * g)["magnitude"]) < 1e-2
+
+
+def test_the_layer_s_constants_do_not_follow_the_default_dtype() -> None:
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # as transformers does while it builds a model
+        layer = make_layer("dense", dtype=torch.float32, trained=False)
+        assert layer.base_norm().dtype == layer.row_scale().scale.dtype == torch.float32
+        layer = make_layer("nf4", dtype=torch.float32)
+        check(layer, 33, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_everything_is_made_on_the_base_s_device() -> None:
+    with torch.device("meta"):
+        base = NF4Weight.hollow(96, 128)
+        a, b = torch.empty(5, 96), torch.empty(5, 96)
+    layer = DoRALinear(base, 8, 2.0, bias=torch.empty(96, device="meta"))
+    made = (*layer.parameters(), *layer.buffers(), layer.merged_weight(), _column_dots(a, b))
+    assert {tensor.device.type for tensor in made} == {"meta"}
+
+
+def test_rows_of_norm_zero_have_lora_s_gradients() -> None:
+    layer = make_layer("nf4", zero_rows=True)
+    with torch.no_grad():
+        layer.lora_B[::7] = 0
+    check(layer, 33, torch.float32)
+    layer.zero_grad()
+    x, g = torch.randn(33, 128), torch.randn(33, 96)
+    ours, truth = ours_of(layer, x, g), truth_of(layer, x, g)
+    assert relative_error(ours["B"][::7], truth["B"][::7]) < BUDGET[torch.float32]
+    assert (ours["magnitude"][::7] == 0).all()
+
+
+@pytest.mark.parametrize("scaling", [0.25, 3.0])
+def test_other_scalings_match_fp64(scaling: float) -> None:
+    for use_dora in (True, False):
+        layer = make_layer("nf4", use_dora=use_dora)
+        layer.scaling = scaling
+        check(layer, 33, torch.float32)
+        if use_dora:
+            assert relative_error(layer.weight_norm(), true_norm(layer).detach()) < 1e-6
+
+
+def backward_flops(**trained: bool) -> int:
+    """Of 10 tokens; each of x, lora_A and lora_B is trained unless it is said that it is not."""
+    layer = make_layer("nf4")
+    x = torch.randn(10, 128, requires_grad=trained.pop("x", True))
+    for name, flag in trained.items():
+        layer.get_parameter(name).requires_grad_(flag)
+    y = layer(x)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    return counter.get_total_flops()
+
+
+def test_a_gradient_that_nobody_wants_is_not_computed() -> None:
+    everything = backward_flops()
+    assert everything - backward_flops(lora_A=False) == 2 * 10 * 8 * 128
+    assert everything - backward_flops(lora_B=False) == 2 * 10 * 8 * 96
+    assert everything - backward_flops(x=False) == 2 * 10 * 96 * 128
+
+
+def test_the_output_is_kept_for_the_magnitude_s_gradient_only() -> None:
+    layer = make_layer("nf4")
+    for trained in (True, False):
+        layer.magnitude_offset.requires_grad_(trained)
+        kept: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.shape), t)[1], lambda t: t):
+            layer(torch.randn(10, 128))
+        assert (torch.Size((10, 96)) in kept) == trained

@@ -5,10 +5,11 @@ from __future__ import annotations
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor
 
 from qdora.errors import CheckpointError
-from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4
+from qdora.nf4 import NF4Weight, is_nf4_key, is_packed_linear, quantize_nf4
 from qdora.workspace import Workspace, assume
 from tests.reference import nf4 as reference
 
@@ -67,7 +68,7 @@ def test_quantize_is_bitsandbytes_to_the_bit(double_quant: bool, dtype: torch.dt
 def test_quantize_in_parts_is_quantize_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(100, 130)
     whole = quantize_nf4(weight)
-    monkeypatch.setattr("qdora.nf4._QUANTIZED_AT_ONCE_BYTES", 4 * 64 * 10)
+    monkeypatch.setattr("qdora.nf4._QUANTIZED_AT_ONCE_BYTES", 4 * 64 * 11)
     for name, tensor in quantize_nf4(weight).items():
         assert torch.equal(tensor, whole[name]), name
 
@@ -111,3 +112,136 @@ def test_keys_of_the_format() -> None:
     assert is_nf4_key("a.weight.quant_state.bitsandbytes__nf4")
     assert not is_nf4_key("a.weight")
     assert not is_nf4_key("a.bias")
+
+
+def test_every_key_that_is_written_is_a_key_of_the_format() -> None:
+    for key in quantize_nf4(random_weight(64, 64)):
+        assert is_nf4_key(f"a.weight.{key}") == bool(key)
+        assert is_nf4_key(f"a.weight.b.weight.{key}") == bool(key)
+
+
+def test_weights_packed_in_another_dtype_are_the_same_bytes() -> None:
+    packed, state = bnb.quantize_4bit(random_weight(96, 128), quant_type="nf4", quant_storage=torch.bfloat16)
+    plain = NF4Weight.from_tensors(quantize_nf4(random_weight(96, 128), double_quant=False))
+    assert torch.equal(NF4Weight(packed, state).dequantize(), plain.dequantize())
+
+
+def test_refuses_another_nested_blocksize() -> None:
+    packed, state = bnb.quantize_4bit(random_weight(64, 64), quant_type="nf4", compress_statistics=True)
+    state.state2.blocksize = 128
+    with pytest.raises(CheckpointError, match="must be 256, found 128"):
+        NF4Weight(packed, state)
+
+
+def test_the_bytes_are_padded_to_whole_blocks_and_no_further() -> None:
+    weight = NF4Weight.from_tensors(quantize_nf4(random_weight(7, 33)))
+    assert weight.packed.numel() == 4 * 64 // 2
+    assert weight.state_dict().keys() == {"packed", "absmax"}
+
+
+def packed_linear(weight: Tensor) -> Linear4bit:
+    linear = Linear4bit(weight.shape[1], weight.shape[0], bias=False, quant_type="nf4")
+    linear.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
+    return linear.to("cpu")  # this quantizes
+
+
+def test_a_packed_linear_is_shared() -> None:
+    original = random_weight(96, 128)
+    linear = packed_linear(original)
+    assert is_packed_linear(linear)
+    assert not is_packed_linear(torch.nn.Linear(2, 2))
+    weight = NF4Weight.from_packed_linear(linear)
+    assert torch.equal(weight.dequantize(), NF4Weight.from_tensors(quantize_nf4(original)).dequantize())
+    assert weight.packed.data_ptr() == linear.weight.data_ptr()
+
+
+def layout(weight: NF4Weight) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    tensors = {**dict(weight.named_parameters()), **dict(weight.named_buffers())}
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 200)])
+def test_a_hollow_weight_has_the_layout_of_a_real_one(shape: tuple[int, int]) -> None:
+    for double_quant in (True, False):
+        real = NF4Weight.from_tensors(quantize_nf4(random_weight(*shape), double_quant))
+        with torch.device("meta"):
+            hollow = NF4Weight.hollow(*shape, double_quant)
+        assert layout(hollow) == layout(real)
+        assert hollow.extra_repr() == real.extra_repr()
+        assert {tensor.device.type for tensor in hollow.state_dict().values()} == {"meta"}
+    assert layout(NF4Weight.hollow(*shape)) == layout(NF4Weight.from_tensors(quantize_nf4(random_weight(*shape))))
+
+
+def test_bytes_that_pass_for_floats_are_the_same_bytes() -> None:
+    for double_quant in (True, False):
+        weight = NF4Weight.from_tensors(quantize_nf4(random_weight(96, 128), double_quant))
+        before, address = weight.dequantize(), weight.packed.data_ptr()
+        weight.pass_for_floats()
+        assert weight.packed.dtype == torch.float8_e5m2
+        assert weight.absmax.dtype == (torch.float8_e5m2 if double_quant else torch.float32)
+        assert torch.equal(weight.dequantize(), before)
+        assert weight.packed.data_ptr() == address
+        assert not any(parameter.requires_grad for parameter in weight.parameters())
+
+
+@pytest.mark.parametrize("shape", [(96, 192), (50, 100), (7, 33)])
+def test_tiles_take_turns_and_no_more_room_than_they_must(shape: tuple[int, int]) -> None:
+    weight = NF4Weight.from_tensors(quantize_nf4(random_weight(*shape)))
+    whole, scale = weight.dequantize(), torch.rand(shape[0]) + 0.5
+    unit = {192: 1, 100: 16, 33: 64}[shape[1]]
+    for units in (0, 1, 3):
+        with assume(Workspace(tile_bytes=units * unit * shape[1] * 4, reduce_bytes=1)):
+            rows = [(rows.start, rows.stop) for rows, _ in weight.tiles(torch.float32)]
+        step = max(units, 1) * unit
+        assert rows == [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+    if shape[1] % 64:
+        return
+    for units in (0, 1, 2, 9):
+        with assume(Workspace(tile_bytes=units * 64 * shape[0] * 4, reduce_bytes=1)):
+            columns, tiles = zip(*weight.column_tiles(torch.float32, scale), strict=True)
+        step = max(units, 1) * 64
+        expected = [(start, min(start + step, shape[1])) for start in range(0, shape[1], step)]
+        assert [(each.start, each.stop) for each in columns] == expected
+        assert torch.allclose(torch.cat(tiles, dim=1), whole * scale[:, None], rtol=1e-6, atol=0)
+
+
+def test_a_scale_that_rides_in_the_absmax_is_not_rounded_by_itself() -> None:
+    """bf16 rounds by half of 2⁻⁷ at most: once where rows are blocks, and once more where the tile is scaled after."""
+    for shape, roundings in [((96, 128), 1), ((50, 100), 2)]:
+        parts = quantize_nf4(random_weight(*shape))
+        scale = torch.rand(shape[0]) + 0.5
+        exact = truth(parts, shape) * scale.double()[:, None]
+        for _, tile in NF4Weight.from_tensors(parts).tiles(torch.bfloat16, scale):
+            assert tile.dtype == torch.bfloat16
+            assert ((tile.double() - exact).abs() <= 1.001 * roundings * 2**-8 * exact.abs()).all()
+
+
+def test_the_transposed_product_is_rounded_once() -> None:
+    weight = NF4Weight.from_tensors(quantize_nf4(random_weight(256, 128)))
+    g = torch.randn(32, 256).bfloat16()
+    exact = g.double() @ weight.dequantize(torch.bfloat16).double()
+    with assume(Workspace(tile_bytes=1, reduce_bytes=1)):
+        ours = weight.linear_transposed(g)
+    assert (ours.double() - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_everything_happens_on_the_weight_s_device_and_in_its_dtype() -> None:
+    parts = quantize_nf4(random_weight(96, 128))
+    assert "nested_absmax" in parts
+    there = {name: part if name.startswith("quant_state") else part.to("meta") for name, part in parts.items()}
+    weight = NF4Weight.from_tensors(there)
+    assert {tensor.device.type for tensor in (*weight.parameters(), *weight.buffers())} == {"meta"}
+    assert weight.dequantize().device.type == weight.row_norms_squared().device.type == "meta"
+    with pytest.raises(NotImplementedError, match="meta"):  # quantized there, it has no values to bring back
+        quantize_nf4(random_weight(64, 64), device="meta")
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    weight = NF4Weight.from_tensors(quantize_nf4(random_weight(96, 128)))
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # as transformers does while it builds a model
+        assert weight.row_norms_squared().dtype == torch.float32
+        assert weight.dequantize().dtype == torch.float32
+        assert weight.dequantize(torch.float16).dtype == torch.float16
+    finally:
+        torch.set_default_dtype(torch.float32)
