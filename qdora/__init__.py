@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, QDoRAError
     from qdora.inject import adapters_disabled
     from qdora.model import load_model
+    from qdora.reference import reference_model
     from qdora.tokenizer import load_tokenizer
     from qdora.verbs.chat import chat
     from qdora.verbs.estimate import Estimate, estimate
@@ -60,6 +61,7 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "quantize",
+    "reference_model",
     "save_adapter",
     "train",
 ]
@@ -71,6 +73,7 @@ _HOMES = {
     "errors": ("CheckpointError", "ConfigError", "DataError", "NumericsError", "QDoRAError"),
     "inject": ("adapters_disabled",),
     "model": ("load_model",),
+    "reference": ("reference_model",),
     "tokenizer": ("load_tokenizer",),
     "verbs.chat": ("chat",),
     "verbs.estimate": ("Estimate", "estimate"),

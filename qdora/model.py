@@ -33,6 +33,7 @@ from qdora.errors import CheckpointError, ConfigError, reason
 from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
 from qdora.nf4 import NF4Weight
 from qdora.offload import keep_embedding_on_host
+from qdora.saving import save_as_adapter
 from qdora.sharding import Sharding, attach_and_shard
 from qdora.shards import ShardReader, fingerprint
 from qdora.sources import local_model, quietly
@@ -82,7 +83,8 @@ def load_model(
 
     Returns:
         A transformers model; with an adapter, exactly the adapter's parameters require gradients. Its
-        `qdora_base_hash` is the fingerprint of the files, which `save_adapter` records.
+        `qdora_base_hash` is the fingerprint of the files, which `save_adapter` records; its `save_pretrained` writes
+        the adapter.
 
     Raises:
         CheckpointError: not a model, damaged, or the adapter is for another one.
@@ -115,6 +117,7 @@ def load_model(
     _check_complete(found, path)
     freeze_packed(model, compute_dtype(dtype))
     _take_off_marks(model)
+    save_as_adapter(model)
     _cast_parameters(model, compute_dtype(dtype))
     model.requires_grad_(False)
     if stream_base:
