@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qdora.checkpoint import load_adapter, save_adapter
     from qdora.config import AdapterConfig
     from qdora.dora import DoRALinear
+    from qdora.dropin import use_in_peft
     from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, QDoRAError
     from qdora.inject import adapters_disabled
     from qdora.model import load_model
@@ -64,12 +65,14 @@ __all__ = [
     "reference_model",
     "save_adapter",
     "train",
+    "use_in_peft",
 ]
 
 _HOMES = {
     "checkpoint": ("load_adapter", "save_adapter"),
     "config": ("AdapterConfig",),
     "dora": ("DoRALinear",),
+    "dropin": ("use_in_peft",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "NumericsError", "QDoRAError"),
     "inject": ("adapters_disabled",),
     "model": ("load_model",),

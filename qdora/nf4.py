@@ -49,14 +49,14 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit as PackedLinear
 from torch import Tensor, nn
 
 from qdora.base import KeepsDtype
 from qdora.errors import CheckpointError
 from qdora.workspace import workspace_of
 
-__all__ = ["BLOCKSIZE", "NF4Weight", "is_nf4_key", "is_packed_linear", "quantize_nf4"]
+__all__ = ["BLOCKSIZE", "NF4Weight", "PackedLinear", "is_nf4_key", "is_packed_linear", "quantize_nf4"]
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -296,7 +296,7 @@ def quantize_nf4(weight: Tensor, double_quant: bool = True, device: str | torch.
 
 def is_packed_linear(module: nn.Module) -> bool:
     """Whether this is bitsandbytes' 4-bit linear."""
-    return isinstance(module, Linear4bit)
+    return isinstance(module, PackedLinear)
 
 
 def is_nf4_key(key: str) -> bool:
