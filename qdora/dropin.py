@@ -50,6 +50,7 @@ def use_in_peft(config: Any) -> Any:
         raise ConfigError(f"use_in_peft takes a peft.LoraConfig, found {type(config).__name__}")
     unsupported = [name for name in _UNSUPPORTED if getattr(config, name, None)]
     if unsupported:
-        raise ConfigError(f"the config asks for {', '.join(unsupported)}, which qdora's engine has not; leave it to PEFT")
+        asked = ", ".join(unsupported)
+        raise ConfigError(f"the config asks for {asked}, which qdora's engine has not; leave it to PEFT")
     config._register_custom_module({PackedLinear: EngineLinear4bit})
     return config

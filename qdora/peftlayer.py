@@ -5,8 +5,8 @@ class below is PEFT's `Linear4bit` but for `forward`. That hands PEFT's own para
 of bitsandbytes' packed weight. The engine is no submodule, so PEFT's state dicts, counts and devices are what they
 were.
 
-Three things differ from `DoRALinear` as qdora trains it. The magnitude is m itself, PEFT's parameter, not an offset from
-‖W‖: keep it in fp32 (PEFT does). The dtype of the product is bitsandbytes' compute dtype. And bitsandbytes' own forward
+Three things differ from `DoRALinear` as qdora trains it. The magnitude is m itself, PEFT's parameter, not an offset
+from ‖W‖: keep it in fp32 (PEFT does). The dtype of the product is bitsandbytes' compute dtype. And bitsandbytes' own forward
 is never called, not even for a disabled adapter, for on some CPUs it repacks the weight in eval mode.
 
 With dropout, PEFT thins out what the base weight sees as well; here it thins out the low-rank path alone (see `dora`).

@@ -2,10 +2,11 @@
 
     python scripts/peft_dropin.py runs/demo/base-nf4 --out dropin.json
 
-What `train` does is what such scripts do: a 4-bit model through transformers, a `LoraConfig`, TRL's trainer. Each run is
-a process of its own, from the same seed on the same rows; runs take turns. Memory is the most that torch's allocator
+What `train` does is what such scripts do: a 4-bit model through transformers, a `LoraConfig`, TRL's trainer. Each run
+is a process of its own, from the same seed on the same rows; runs take turns. Memory is the most that torch's allocator
 held above the loaded model, in two steps of a process that is not timed. Run it alone on the machine. (The model stays
-in train mode: on some CPUs bitsandbytes repacks its weights in eval mode, and PEFT then computes with garbage.)
+in train mode: on some CPUs bitsandbytes repacks its weights in eval mode, and PEFT then computes with garbage.) In bf16
+PEFT rounds the norm to 8 bits, and so a fresh adapter changes its model a little; `--dtype float32` takes that away.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare_with_peft import in_fp32
 from datasets import Dataset
 from demo_data import make_rows
 from peft import LoraConfig
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the arithmetic")
     parser.add_argument("--lora", action="store_true", help="LoRA instead of DoRA")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--run", choices=NAMES, help=argparse.SUPPRESS)
@@ -108,6 +111,8 @@ class Clock(TrainerCallback):
 def measure(arguments: argparse.Namespace, out: str) -> dict[str, Any]:
     """What a process of its own does."""
     model, clock = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).train(), Clock()
+    if arguments.dtype == "float32":
+        model = in_fp32(model)
     if arguments.memory:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             train(arguments, model, out, 2, clock)
@@ -135,6 +140,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     ours, theirs = (found[name]["losses"] for name in ("qdora", "peft"))
     return {
         "method": "LoRA" if arguments.lora else "DoRA",
+        "dtype": arguments.dtype,
         "tokens_per_step": round(found["qdora"]["tokens"] / arguments.steps),
         "seconds_per_step": {NAMES[name]: round(value, 3) for name, value in middle.items()},
         "megabytes_above_the_model": {NAMES[name]: round(value / 1e6, 1) for name, value in memory.items()},
