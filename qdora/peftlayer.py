@@ -6,8 +6,8 @@ of bitsandbytes' packed weight. The engine is no submodule, so PEFT's state dict
 were.
 
 Three things differ from `DoRALinear` as qdora trains it. The magnitude is m itself, PEFT's parameter, not an offset
-from ‖W‖: keep it in fp32 (PEFT does). The dtype of the product is bitsandbytes' compute dtype. And bitsandbytes' own forward
-is never called, not even for a disabled adapter, for on some CPUs it repacks the weight in eval mode.
+from ‖W‖: keep it in fp32 (PEFT does). The dtype of the product is bitsandbytes' compute dtype. And its own forward is
+never called, not even for a disabled adapter, for on some CPUs it repacks the weight in eval mode.
 
 With dropout, PEFT thins out what the base weight sees as well; here it thins out the low-rank path alone (see `dora`).
 """
