@@ -17,6 +17,7 @@ from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import CheckpointError, ConfigError
 from qdora.nearest import did_you_mean
 from qdora.nf4 import NF4Weight, is_packed_linear
+from qdora.whole import TrainedWhole, train_whole, trained_whole
 
 __all__ = [
     "adapt",
@@ -34,8 +35,9 @@ __all__ = [
 
 def linear_paths(model: nn.Module) -> list[str]:
     """Paths of the linears that may carry an adapter: every one but the output head."""
-    head = _head_of(model)
-    return [path for path, module in model.named_modules() if _is_linear(module) and module is not head]
+    head, whole = _head_of(model), tuple(f"{path}." for path in trained_whole(model))
+    linears = [path for path, module in model.named_modules() if _is_linear(module) and module is not head]
+    return [path for path in linears if not path.startswith(whole)] if whole else linears
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
@@ -100,11 +102,12 @@ def attach(model: nn.Module, config: AdapterConfig) -> list[str]:
         The paths of the adapted linears.
 
     Raises:
-        ConfigError: there are adapters already, or no linear is targeted.
+        ConfigError: there are adapters already, no linear is targeted, or a module to save is none.
     """
     targets = prepare_targets(model, config)
     for path in targets:
         adapt(model, path, config)
+    train_whole(model, config.modules_to_save, config.ensure_weight_tying)
     return targets
 
 
@@ -145,7 +148,7 @@ def adapt(model: nn.Module, path: str, config: AdapterConfig) -> None:
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within it the model computes as its base does, without its adapters."""
-    layers = list(adapted_linears(model).values())
+    layers = [*adapted_linears(model).values(), *trained_whole(model).values()]
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def load_model(
     source, place = local_model(path), pick_device(device)
     if sharding is not None and (stream_base or embedding_on_host or not isinstance(adapter, AdapterConfig)):
         raise ConfigError("a sharded model takes fresh adapters, and neither stream_base nor embedding_on_host")
+    if sharding is not None and isinstance(adapter, AdapterConfig) and adapter.modules_to_save:
+        raise ConfigError("a sharded model trains no modules_to_save; leave them or the sharding out")
     config = _load_config(source, trust_remote_code)
     packed = _check_quantization(config, source)
     reader = ShardReader(source)  # finds damaged files, and says so better than the loading below
@@ -176,14 +179,18 @@ class Linears:
     """Path of the linear → (out_features, in_features)."""
     prefix: str
     """Of the base model (`model`, `transformer`), which some checkpoints leave out of their keys."""
+    ends: tuple[str, str] | None = None
+    """The weights of input embedding and head by their names in the model."""
 
     def find(self, key: str) -> str | None:
         """The path of the linear whose weight is stored under this key; None if it is no linear's."""
         path = key.removesuffix(".weight")
-        if path == key:
-            return None
-        for candidate in (path, f"{self.prefix}.{path}", path.removeprefix(f"{self.prefix}.")):
-            if candidate in self.transposed:
+        return None if path == key else self.named(path, self.transposed)
+
+    def named(self, name: str, known: Container[str]) -> str | None:
+        """What a checkpoint calls `name` as the model calls it, if it is among the known names."""
+        for candidate in (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")):
+            if candidate in known:
                 return candidate
         return None
 
@@ -207,7 +214,9 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
     linears = {path: model.get_submodule(path) for path in linear_paths(model)}
     transposed = {path: isinstance(linear, Conv1D) for path, linear in linears.items()}
     shapes = {path: linear_shape(linear) for path, linear in linears.items()}
-    return Linears(transposed, (*heads, *skip_modules), shapes, model.base_model_prefix)
+    embeddings = [path for path, module in model.named_modules() if module is model.get_input_embeddings()]
+    ends = (f"{embeddings[0]}.weight", f"{heads[0]}.weight") if embeddings and heads else None
+    return Linears(transposed, (*heads, *skip_modules), shapes, model.base_model_prefix, ends)
 
 
 def hollow_model(

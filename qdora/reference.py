@@ -71,7 +71,7 @@ class ReferenceModel(nn.Module):
 class _Backbone(nn.Module):
     def __init__(self, policy: nn.Module) -> None:
         super().__init__()
-        self._held = (policy,)  # in a tuple, for the weights are the reference's already
+        self._held: tuple[Any] = (policy,)  # in a tuple, for the weights are the reference's already
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         (policy,) = self._held

@@ -25,7 +25,8 @@ __all__ = ["save_as_adapter"]
 def save_as_adapter(model: nn.Module) -> None:
     """Make `model.save_pretrained(directory)` write the model's adapter, in place."""
     if not isinstance(model, _SavesAdapter):
-        model.__class__ = _saving(type(model))
+        own: Any = type(model)
+        model.__class__ = _saving(own)
 
 
 class _SavesAdapter:
@@ -54,11 +55,11 @@ class _SavesAdapter:
 
 
 @cache
-def _saving(own: type) -> type:
+def _saving(own: Any) -> Any:
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return type(own.__name__, (_SavesAdapter, own), names)
 
 
-def _blank(own: type) -> Any:
+def _blank(own: Any) -> Any:
     kind = _saving(own)
     return kind.__new__(kind)

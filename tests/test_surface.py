@@ -23,7 +23,7 @@ LAYERS = [
     {"reference", "stream", "offload", "simulate", "sharding"},
     {"inject", "choices", "dropin"},
     {"peftlayer"},
-    {"data", "dora", "measure", "packing", "progress", "report", "scoring", "screens"},
+    {"data", "dora", "whole", "measure", "packing", "progress", "report", "scoring", "screens"},
     {"nf4", "curves", "dense", "loss", "optimizer", "rows", "shards", "output", "parsers", "tables"},
     {"base", "flags", "groups", "nearest", "workspace"},
     {"config", "distributed"},
