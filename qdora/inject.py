@@ -17,7 +17,7 @@ from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import CheckpointError, ConfigError
 from qdora.nearest import did_you_mean
 from qdora.nf4 import NF4Weight, is_packed_linear
-from qdora.whole import TrainedWhole, train_whole, trained_whole
+from qdora.whole import train_whole, trained_whole
 
 __all__ = [
     "adapt",

@@ -60,7 +60,7 @@ def is_named(path: str, names: Iterable[str]) -> bool:
 
 
 def names_for_peft(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that mean these modules to PEFT too, for which `norm` is the end of `input_layernorm`: paths, if need be."""
+    """Names that mean these modules to PEFT too, to which `norm` is the end of `input_layernorm`; else paths."""
     whole = trained_whole(model)
     inner = tuple(f"{path}." for path in whole)
     meant = [path for path, _ in model.named_modules() if path.endswith(names) and not path.startswith(inner)]
