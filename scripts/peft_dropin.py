@@ -5,8 +5,9 @@
 What `train` does is what such scripts do: a 4-bit model through transformers, a `LoraConfig`, TRL's trainer. Each run
 is a process of its own, from the same seed on the same rows; runs take turns. Memory is the most that torch's allocator
 held above the loaded model, in two steps of a process that is not timed. Run it alone on the machine. (The model stays
-in train mode: on some CPUs bitsandbytes repacks its weights in eval mode, and PEFT then computes with garbage.) In bf16
-PEFT rounds the norm to 8 bits, and so a fresh adapter changes its model a little; `--dtype float32` takes that away.
+in train mode: on some CPUs bitsandbytes repacks its weights in eval mode, and PEFT then computes with garbage.) TRL
+rounds adapters on a 4-bit model to bf16, and PEFT then the norm, so that a fresh adapter changes its model by up to 1 %
+of the loss; `--dtype float32`, adapters included, takes that away.
 """
 
 from __future__ import annotations
@@ -91,6 +92,9 @@ def train(arguments: argparse.Namespace, model: Any, out: str, steps: int, clock
         peft_config=config,
         callbacks=[clock],
     )
+    if arguments.dtype == "float32":
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     trainer.train()
     return trainer
 
