@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from qdora.checkpoint import load_adapter, save_adapter
     from qdora.config import AdapterConfig
     from qdora.dora import DoRALinear
+    from qdora.dropin import use_in_peft
     from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, OutputError, QDoRAError
     from qdora.inject import adapters_disabled
     from qdora.model import load_model
+    from qdora.reference import reference_model
     from qdora.tokenizer import load_tokenizer
     from qdora.verbs.chat import chat
     from qdora.verbs.estimate import Estimate, estimate
@@ -61,17 +63,21 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "quantize",
+    "reference_model",
     "save_adapter",
     "train",
+    "use_in_peft",
 ]
 
 _HOMES = {
     "checkpoint": ("load_adapter", "save_adapter"),
     "config": ("AdapterConfig",),
     "dora": ("DoRALinear",),
+    "dropin": ("use_in_peft",),
     "errors": ("CheckpointError", "ConfigError", "DataError", "NumericsError", "OutputError", "QDoRAError"),
     "inject": ("adapters_disabled",),
     "model": ("load_model",),
+    "reference": ("reference_model",),
     "tokenizer": ("load_tokenizer",),
     "verbs.chat": ("chat",),
     "verbs.estimate": ("Estimate", "estimate"),

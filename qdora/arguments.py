@@ -186,6 +186,7 @@ def adapter_config(run: RunArguments) -> AdapterConfig:
         use_dora=run.use_dora,
         use_rslora=run.use_rslora,
         target_modules=targets[0] if single else tuple(targets),
+        modules_to_save=tuple(run.modules_to_save),
         dtype=run.adapter_dtype,
     )
 

@@ -66,6 +66,7 @@ class StoredBase:
                 )
             out_features, in_features = self.linears.shapes[path]
             adapter.check_shape(path, out_features, in_features, file.base_model)
+        self._check_whole(file)
         return {path: keys[path] for path in self.linears.shapes if path in file.linears}
 
     def kinship(self, file: AdapterFile) -> Kinship:
@@ -80,6 +81,18 @@ class StoredBase:
             origin_of(self.reader.directory, self.reader),
             lambda path: answers_of(self.weight(keys[path])) if path in keys else None,
         )
+
+    def _check_whole(self, file: AdapterFile) -> None:
+        for name, weight in file.whole.items():
+            # A head that is the embedding is stored under the embedding's name alone.
+            names = self.linears.ends if self.linears.ends and name == self.linears.ends[1] else (name,)
+            keys = [key for key in self.keys() if self.linears.named(key, names) is not None]
+            shape = tuple(self.plain(keys[0]).shape) if keys else None
+            if shape != tuple(weight.shape):
+                raise CheckpointError(
+                    f"the adapter is for another model: {name} is {shape or 'not'} here and {tuple(weight.shape)} in "
+                    "the adapter"
+                )
 
     def weight(self, key: str) -> NF4Weight | DenseWeight:
         """The weight of a linear, (out_features, in_features) whichever way it is stored."""

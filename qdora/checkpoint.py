@@ -33,6 +33,7 @@ from qdora.nf4 import BLOCKSIZE, NF4Weight
 from qdora.output import save_tensors, whole_files, write_json
 from qdora.shards import check_header
 from qdora.stream import StreamedWeight
+from qdora.whole import is_named, names_for_peft, trained_whole
 
 __all__ = ["AdapterFile", "LinearAdapter", "load_adapter", "loads_in_4bit", "read_adapter", "save_adapter"]
 
@@ -49,7 +50,6 @@ _PARTS = {
 }
 # What changes the forward in ways DoRALinear has not.
 _UNSUPPORTED = (
-    "modules_to_save",
     "target_parameters",
     "trainable_token_indices",
     "lora_bias",
@@ -107,6 +107,8 @@ class AdapterFile:
     origin: Origin = field(default_factory=Origin)
     """Which weights the base was, as far as the file says. A 16-bit model that was quantized as it loaded has the hash
     of the 16-bit files."""
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    """The weights of modules that were trained whole, by their names in the model."""
 
     @property
     def base_hash(self) -> str | None:
@@ -168,6 +170,10 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False,
         if offset is not None:
             tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = layer.base_norm().cpu() + offset
             offsets[path] = offset
+    whole_weights = _whole_weights(model)
+    tensors |= {f"{_PREFIX}{name}": weight.detach().cpu().clone() for name, weight in whole_weights.items()}
+    config = replace(config, modules_to_save=names_for_peft(model, config.modules_to_save))
+    config = replace(config, ensure_weight_tying=len(set(map(id, whole_weights.values()))) < len(whole_weights))
     if not write:
         return
     directory = Path(out)
@@ -180,6 +186,12 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False,
         if exact_offsets and offsets:
             save_tensors(offsets, scratch / OFFSETS_FILE, {"format": "pt"})
         write_json(scratch / CONFIG_FILE, _peft_config(config, targets, getattr(model.config, "_name_or_path", None)))
+
+
+def _whole_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that are trained whole, by the names that the model gives them without adapters."""
+    modules = trained_whole(model).items()
+    return {f"{path}.{name}": weight for path, module in modules for name, weight in module.trained.named_parameters()}
 
 
 @torch.no_grad()
@@ -221,6 +233,7 @@ def load_adapter(model: nn.Module, path: str | Path, allow_other_base: bool = Fa
         adapter.origin, _known_origin(model), lambda name: _answers(layers[name]) if name in layers else None
     )
     found.settle(path, getattr(getattr(model, "config", None), "_name_or_path", None), allow_other_base)
+    _copy_whole(_whole_weights(model), adapter.whole, path)
     offsets = _read_offsets(Path(path))
     for name, layer in layers.items():
         _copy_into(layer, adapter.linears[name], offsets.get(name), name)
@@ -246,13 +259,14 @@ def read_adapter(path: str | Path) -> AdapterFile:
         check_header(directory / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory / WEIGHTS_FILE} is missing or damaged: {reason(error)}") from None
+    whole = _taken_whole(tensors, config, directory)
     linears = {
         name: _linear_adapter(name, parts, config, directory) for name, parts in _grouped(tensors, directory).items()
     }
     in_bf16 = all(linear.A.dtype == torch.bfloat16 for linear in linears.values())
     config = replace(config, dtype="bfloat16" if in_bf16 else "float32")
     origin = Origin.from_metadata(metadata)
-    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), metadata.get("qdora_base"), origin)
+    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), metadata.get("qdora_base"), origin, whole)
 
 
 def _check_weights_file(directory: Path) -> None:
@@ -264,6 +278,22 @@ def _check_weights_file(directory: Path) -> None:
             "safetensors first"
         )
     raise CheckpointError(f"{directory} holds no {WEIGHTS_FILE}; download or write it again")
+
+
+def _taken_whole(tensors: dict[str, Tensor], config: AdapterConfig, directory: Path) -> dict[str, Tensor]:
+    """Take the weights of modules that were trained whole out of the adapter's tensors."""
+    names, whole = config.modules_to_save, {}
+    for key in [key for key in tensors if names and not key.endswith(tuple(_PARTS))]:
+        name = key.removeprefix(_PREFIX)
+        # Of a pair that stays tied PEFT's config names one, and its file holds both.
+        if config.ensure_weight_tying or is_named(name.rpartition(".")[0], names):
+            whole[name] = tensors.pop(key)
+            if not torch.isfinite(whole[name]).all():
+                raise CheckpointError(f"{directory} holds values that are not finite in {name!r}")
+    absent = [name for name in names if not any(is_named(key.rpartition(".")[0], [name]) for key in whole)]
+    if absent:
+        raise CheckpointError(f"{directory} names {absent[0]!r} in modules_to_save, and holds no weight of it")
+    return whole
 
 
 def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, Tensor]]:
@@ -316,6 +346,20 @@ def _check_fits(adapter: AdapterFile, model: nn.Module) -> None:
             )
         out_features, in_features = linear_shape(module)
         linear.check_shape(name, out_features, in_features, adapter.base_model)
+
+
+@torch.no_grad()
+def _copy_whole(weights: Mapping[str, Tensor], values: Mapping[str, Tensor], path: str | Path) -> None:
+    odd = sorted(weights.keys() ^ values.keys())
+    if odd:
+        raise CheckpointError(f"{path} trained other modules whole than the model does, first {odd[0]!r}")
+    for name, weight in weights.items():
+        if weight.shape != values[name].shape:
+            raise CheckpointError(
+                f"the adapter is for another model: {name} is {tuple(weight.shape)} here and "
+                f"{tuple(values[name].shape)} in the adapter"
+            )
+        weight.copy_(values[name])
 
 
 @torch.no_grad()
@@ -408,7 +452,8 @@ def _peft_config(config: AdapterConfig, targets: str | tuple[str, ...], base: st
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "ensure_weight_tying": config.ensure_weight_tying,
     }
 
 
@@ -434,6 +479,8 @@ def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
             target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
+            modules_to_save=tuple(sorted(set(raw.get("modules_to_save") or ()))),
+            ensure_weight_tying=bool(raw.get("ensure_weight_tying", False)),
         )
     except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         raise CheckpointError(f"{directory / CONFIG_FILE} is not a LoRA config: {reason(error)}") from None

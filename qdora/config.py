@@ -47,12 +47,19 @@ class AdapterConfig:
     """Other ranks for modules whose path ends in a match of the pattern."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Other alphas, likewise."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules to train whole beside the adapters, by the ends of their paths: `("embed_tokens", "lm_head")`."""
+    ensure_weight_tying: bool = True
+    """Whether an embedding and a head that are one weight stay one when either is trained whole."""
     dtype: str = "bfloat16"
     """What A, B and the magnitude offset are stored and trained in: `bfloat16` or `float32`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if isinstance(self.modules_to_save, str) or "" in self.modules_to_save:
+            raise ConfigError(f"modules_to_save is a list of names, found {self.modules_to_save!r}")
+        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
         if not self.target_modules or (isinstance(self.target_modules, tuple) and "" in self.target_modules):
             raise ConfigError(f"target_modules must name at least one module, found {shown(self.target_modules)}")
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():

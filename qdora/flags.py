@@ -27,6 +27,7 @@ OTHER_NAMES = {
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
     "target_modules": "lora_target_modules",
+    "lora_modules_to_save": "modules_to_save",
     "model": "model_name_or_path",
     "base_model": "model_name_or_path",
     "data": "dataset",
@@ -77,6 +78,10 @@ class RunArguments:
     lora_target_modules: list[str] = field(
         default_factory=lambda: [ALL_LINEAR],
         metadata={"help": "names of linears, one regular expression, or all-linear"},
+    )
+    modules_to_save: list[str] = field(
+        default_factory=list,
+        metadata={"help": "modules to train whole beside the adapters, such as embed_tokens lm_head"},
     )
     adapter_dtype: str = field(default="bfloat16", metadata={"help": "of what trains: bfloat16 or float32"})
     init_lora_weights: str = field(

@@ -15,9 +15,9 @@ from torch import nn
 
 from qdora.errors import ConfigError
 
-__all__ = ["DIRECTION", "MAGNITUDE", "Rates", "freeze_part", "parameter_groups", "rates_by_part"]
+__all__ = ["DIRECTION", "MAGNITUDE", "WHOLE", "Rates", "freeze_part", "parameter_groups", "rates_by_part"]
 
-MAGNITUDE, DIRECTION = "magnitude", "direction"
+MAGNITUDE, DIRECTION, WHOLE = "magnitude", "direction", "modules to save"
 _ONLY_B = "direction, B"
 _PART_OF = {"magnitude_offset": MAGNITUDE, "lora_A": DIRECTION, "lora_B": DIRECTION}
 
@@ -59,7 +59,7 @@ class Rates:
             return MAGNITUDE, rate, decay
         if last == "lora_B" and self.b_ratio != 1:
             return _ONLY_B, self.learning_rate * self.b_ratio, self.weight_decay
-        return DIRECTION, self.learning_rate, self.weight_decay
+        return _PART_OF.get(last, WHOLE), self.learning_rate, self.weight_decay
 
 
 def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:

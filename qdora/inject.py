@@ -18,6 +18,7 @@ from qdora.errors import CheckpointError, ConfigError
 from qdora.experts import router_paths
 from qdora.nearest import did_you_mean
 from qdora.nf4 import NF4Weight, is_packed_linear
+from qdora.whole import train_whole, trained_whole
 
 __all__ = [
     "adapt",
@@ -36,10 +37,11 @@ __all__ = [
 def linear_paths(model: nn.Module) -> list[str]:
     """Paths of the linears that may carry an adapter: every one but the output head and what chooses among experts."""
     head, routers = _head_of(model), set(router_paths(model))
+    whole = tuple(f"{path}." for path in trained_whole(model))
     return [
         path
         for path, module in model.named_modules()
-        if _is_linear(module) and module is not head and path not in routers
+        if _is_linear(module) and module is not head and path not in routers and not path.startswith(whole)
     ]
 
 
@@ -105,11 +107,12 @@ def attach(model: nn.Module, config: AdapterConfig) -> list[str]:
         The paths of the adapted linears.
 
     Raises:
-        ConfigError: there are adapters already, or no linear is targeted.
+        ConfigError: there are adapters already, no linear is targeted, or a module to save is none.
     """
     targets = prepare_targets(model, config)
     for path in targets:
         adapt(model, path, config)
+    train_whole(model, config.modules_to_save, config.ensure_weight_tying)
     return targets
 
 
@@ -150,7 +153,7 @@ def adapt(model: nn.Module, path: str, config: AdapterConfig) -> None:
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within it the model computes as its base does, without its adapters."""
-    layers = list(adapted_linears(model).values())
+    layers = [*adapted_linears(model).values(), *trained_whole(model).values()]
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False

