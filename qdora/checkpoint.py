@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qdora.config import ALL_LINEAR, AdapterConfig
+from qdora.config import ALL_LINEAR, AdapterConfig, short_name
 from qdora.distributed import local, spread_like, whole
 from qdora.dora import DoRALinear
 from qdora.errors import CheckpointError, ConfigError, reason, shown
@@ -429,9 +429,11 @@ def _target_names(
     def exact(candidate: AdapterConfig) -> bool:
         return {path for path in linears if candidate.targets(path)} == adapted
 
-    if exact(config) and (keep_all or config.target_modules != ALL_LINEAR):
+    last_names = tuple(sorted({short_name(path) for path in adapted}))
+    # PEFT knows experts by the names of their linears.
+    names_experts = any("." in name for name in last_names)
+    if exact(config) and (keep_all or not (names_experts or config.target_modules == ALL_LINEAR)):
         return config.target_modules
-    last_names = tuple(sorted({path.rpartition(".")[2] for path in adapted}))
     return last_names if exact(replace(config, target_modules=last_names)) else tuple(sorted(adapted))
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from qdora.errors import ConfigError, shown
 from qdora.patterns import check_pattern, matches
 
-__all__ = ["ALL_LINEAR", "AdapterConfig", "is_named"]
+__all__ = ["ALL_LINEAR", "AdapterConfig", "is_named", "short_name"]
 
 ALL_LINEAR = "all-linear"
 # The path of the experts, and the name of a linear in one of them.
@@ -110,6 +110,12 @@ def is_named(module: str, name: str) -> bool:
     # The number in between is nobody's to write; and "up_proj" means the plain ones.
     means = "experts" in name.split(".")
     return means and any(f".{path}".endswith(f".{name}") for path in (experts, f"{experts}.{linear}"))
+
+
+def short_name(module: str) -> str:
+    """The shortest name of `target_modules` that means linears such as the one at this path."""
+    name = module.rpartition(".")[2]
+    return name if _ROUTED.fullmatch(module) is None else f"experts.{name}"
 
 
 def _first_match(pattern_values: Mapping[str, _Number], module: str, default: _Number) -> _Number:

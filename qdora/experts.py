@@ -50,6 +50,7 @@ __all__ = [
     "most_uneven",
     "router_paths",
     "stacks_left",
+    "uneven_for_all",
 ]
 
 STACKS = {"gate_up_proj", "down_proj"}
@@ -132,7 +133,12 @@ def count_choices(choice_S: Tensor, experts: int, per_token: int) -> list[int]:
 
 
 def most_uneven(choice_S: Tensor, experts: int, per_token: int) -> list[int]:
-    """The counts that take most memory, for choices without values: one expert has every token, the rest is shared."""
+    """The counts that take most memory, for choices without values: every token chose the same experts."""
+    return [len(choice_S) // per_token if number < per_token else 0 for number in range(experts)]
+
+
+def uneven_for_all(choice_S: Tensor, experts: int, per_token: int) -> list[int]:
+    """Likewise where every expert has gradients of its own: one expert has every token, the others share the rest."""
     tokens, others = len(choice_S) // per_token, max(1, experts - 1)
     share, over = divmod(len(choice_S) - tokens, others)
     return [tokens, *(share + (number < over) for number in range(experts - 1))]

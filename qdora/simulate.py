@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qdora.experts import RoutedExperts, most_uneven
+from qdora.experts import RoutedExperts, most_uneven, uneven_for_all
 from qdora.inject import decoder_layers
 from qdora.loss import summed_nll
 from qdora.workspace import Workspace, assume
@@ -301,7 +301,9 @@ def _materialize(model: nn.Module) -> None:
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
     for experts in model.modules():
         if isinstance(experts, RoutedExperts):
-            experts.count = most_uneven  # fakes have no values to count
+            # fakes have no values to count
+            trains = any(parameter.requires_grad for parameter in experts.parameters())
+            experts.count = uneven_for_all if trains else most_uneven
 
 
 def _leave_out_needless_masks(model: Any) -> None:

@@ -19,7 +19,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from qdora import AdapterConfig
 from qdora.dense import DenseWeight
 from qdora.dora import DoRALinear
-from qdora.experts import RoutedExperts, count_choices, expand_experts, hollow_experts, most_uneven, stacks_left
+from qdora.experts import (
+    RoutedExperts,
+    count_choices,
+    expand_experts,
+    hollow_experts,
+    most_uneven,
+    stacks_left,
+    uneven_for_all,
+)
 from qdora.inject import adapt
 from qdora.nf4 import NF4Weight, quantize_nf4
 from qdora.workspace import Workspace, assume
@@ -191,5 +199,6 @@ def test_what_is_taken_for_experts() -> None:
 def test_counts() -> None:
     chosen = torch.tensor([[0, 2], [2, 0], [0, 3]]).reshape(-1).sort().values
     assert count_choices(chosen, 5, 2) == [3, 0, 2, 1, 0]
-    assert most_uneven(chosen, 5, 2) == [3, 1, 1, 1, 0]
-    assert most_uneven(chosen[:3], 1, 1) == [3]
+    assert most_uneven(chosen, 5, 2) == [3, 3, 0, 0, 0]
+    assert uneven_for_all(chosen, 5, 2) == [3, 1, 1, 1, 0]
+    assert uneven_for_all(chosen[:3], 1, 1) == most_uneven(chosen[:3], 1, 1) == [3]
