@@ -252,9 +252,11 @@ def _run(trainer: Any, resume: str | None) -> None:
             f"out of memory after {trainer.state.global_step} steps: lower --per_device_train_batch_size (and raise "
             f"--gradient_accumulation_steps) or --max_length ({reason(error)})"
         ) from None
-    except UnpicklingError as error:
+    except UnpicklingError:
         # torch reads a trainer's state with `weights_only`, and refuses whatever would run code
-        raise CheckpointError(f"{resume} holds what no trainer's state is made of ({reason(error)})") from None
+        raise CheckpointError(
+            f"{resume} holds what no trainer leaves there, and what might run code; do not resume from it"
+        ) from None
     except (ValueError, ImportError) as error:
         # what the trainer finds wrong only when it makes the optimizer, the schedule or the batches
         raise ConfigError(
