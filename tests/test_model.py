@@ -180,7 +180,7 @@ def test_code_of_a_model_is_not_run_unasked(
 def test_an_adapter_beside_a_model_is_not_loaded_with_it(tiny: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(tiny, tmp_path / "both")
     shutil.copy(tiny_adapter / "adapter_config.json", directory)
-    with pytest.raises(CheckpointError, match="an adapter .* beside the model"):
+    with pytest.raises(CheckpointError, match=r"an adapter .* beside the model"):
         qdora.load_model(directory)
 
 
