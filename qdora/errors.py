@@ -23,9 +23,18 @@ __all__ = [
     "shown",
 ]
 
+_LONGEST_MESSAGE = 2_000
+
 
 class QDoRAError(Exception):
-    """Base of every error that is the input's doing rather than the program's."""
+    """Base of every error that is the input's doing rather than the program's.
+
+    Args:
+        message: may quote somebody's file; what is too long for a screen is cut.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message if len(message) <= _LONGEST_MESSAGE else f"{message[: _LONGEST_MESSAGE - 1]}…")
 
 
 class ConfigError(QDoRAError):

@@ -41,7 +41,7 @@ from qdora.patterns import is_tame
 from qdora.saving import save_as_adapter
 from qdora.sharding import Sharding, attach_and_shard
 from qdora.shards import ShardReader
-from qdora.sources import local_model, quietly
+from qdora.sources import local_model, quietly, unusable
 
 __all__ = [
     "Linears",
@@ -361,7 +361,7 @@ def _load_config(directory: str | Path, trust_remote_code: bool) -> PretrainedCo
         _check_config(config.to_dict())
     except Exception as error:
         # a config may be nonsense in more ways than there are kinds of errors
-        raise CheckpointError(f"{directory} has no usable config.json: {reason(error)}") from None
+        raise unusable(directory, "config.json", error) from None
     return config
 
 

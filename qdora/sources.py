@@ -16,7 +16,7 @@ from qdora.errors import CheckpointError, reason
 from qdora.kinship import QUANTIZE_RECORD
 from qdora.shards import INDEX_FILE
 
-__all__ = ["copy_side_files", "find_gguf", "gguf_to_directory", "local_model", "quietly"]
+__all__ = ["copy_side_files", "find_gguf", "gguf_to_directory", "local_model", "quietly", "unusable"]
 
 _logger = logging.getLogger(__name__)
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
@@ -91,6 +91,15 @@ def copy_side_files(source: Path, target: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if file.name not in _NOT_COPIED:
                 shutil.copyfile(file, target / file.name)
+
+
+def unusable(path: str | Path, what: str, error: Exception) -> CheckpointError:
+    """What it means that transformers could not read `what` of a model: it is damaged, or brings code of its own."""
+    if "trust_remote_code" in str(error):
+        return CheckpointError(
+            f"{path} brings Python code of its own, which runs only with --trust_remote_code; read that code first"
+        )
+    return CheckpointError(f"{path} has no usable {what}: {reason(error)}")
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qdora.errors import CheckpointError, reason
-from qdora.sources import local_model
+from qdora.errors import CheckpointError
+from qdora.sources import local_model, unusable
 
 __all__ = ["load_tokenizer", "tokenizer_of"]
 
@@ -31,7 +31,7 @@ def load_tokenizer(
         raise
     except Exception as error:
         # tokenizer files fail in as many ways as there are kinds of tokenizers
-        raise CheckpointError(f"{path} has no usable tokenizer: {reason(error)}") from None
+        raise unusable(path, "tokenizer", error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -50,7 +50,7 @@ def tokenizer_of(
             tokenizer("a b")
         except Exception as error:
             # tokenizer files fail in as many ways as there are kinds of tokenizers
-            raise CheckpointError(f"{adapter} has no usable tokenizer: {reason(error)}") from None
+            raise unusable(adapter, "tokenizer", error) from None
         if tokenizer.chat_template:
             return tokenizer, "the adapter"
     return load_tokenizer(model, trust_remote_code), "the model"

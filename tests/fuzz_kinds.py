@@ -202,7 +202,9 @@ def _damage_part(tensors: dict[str, torch.Tensor], key: str, nested: bool, rng: 
     fatal = kind != "dtype" or (nested and not part.endswith(".quant_map"))
     if kind in ("nan", "inf", "absurd", "negative") and tensor.is_floating_point():
         filled = {"nan": float("nan"), "inf": float("inf"), "absurd": 1e30, "negative": -1.0}[kind]
-        tensor.view(-1)[rng.randrange(tensor.numel())] = filled
+        place = tensor.view(-1)[rng.randrange(tensor.numel())]
+        fatal = place.item() != filled  # NF4's first value is -1
+        place.fill_(filled)
     elif kind == "gone":
         del tensors[part]
     elif kind in ("shorter", "empty"):
@@ -441,7 +443,9 @@ def _load(seeds: Path, scratch: Path, rng: Random, canary: Path) -> Case:
 def _merge(seeds: Path, scratch: Path, rng: Random, canary: Path) -> Case:
     model, adapter, mutant = _damaged_pair(seeds, scratch, rng, canary)
     out = scratch / "merged"
-    return Case(mutant.how, mutant.fatal, lambda: qdora.merge(model, adapter, out, verify=False))
+    # It reads the model's own files, so that an adapter beside them does no harm.
+    fatal = mutant.fatal and not mutant.how.startswith("embedded")
+    return Case(mutant.how, fatal, lambda: qdora.merge(model, adapter, out, verify=False))
 
 
 def _damaged_pair(seeds: Path, scratch: Path, rng: Random, canary: Path) -> tuple[Path, Path, Mutant]:

@@ -104,3 +104,22 @@ def test_what_yaml_reads_as_false(tmp_path: Path) -> None:
 def test_a_dotted_name_is_a_name() -> None:
     run, _ = parse_train([*NEEDED, "--lora_target_modules", "self_attn.q_proj"])
     assert adapter_config(run).target_modules == ("self_attn.q_proj",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a: " + "[" * 5000,
+        "max_steps: " + "9" * 5000,
+        "lora_r: !!int ''",
+        "a: &a {b: *a}",
+        "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(f"{c}: &{c} [{f'*{chr(ord(c) - 1)},' * 9}x]\n" for c in "bcdefghi"),
+        "x: !!python/object/apply:os.system ['true']",
+        "? [a]\n: 1",
+    ],
+)
+def test_hostile_config_files(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(content + "\n")
+    with pytest.raises(ConfigError):
+        parse_train([str(path), *NEEDED])

@@ -276,3 +276,15 @@ def test_an_adapter_without_a_fingerprint(tiny_nf4: Path, tmp_path: Path) -> Non
     qdora.save_adapter(model, tmp_path)
     assert read_adapter(tmp_path).base_hash is None
     assert read_adapter(tmp_path).base_kind == "nf4"
+
+
+def test_pickled_adapters_and_whole_numbers(tiny_adapter: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    key = next(iter(tensors))
+    save_file({**tensors, key: tensors[key].to(torch.int64)}, adapter / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match="holds whole numbers"):
+        read_adapter(adapter)
+    (adapter / WEIGHTS_FILE).rename(adapter / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="a pickle, which runs code when opened"):
+        read_adapter(adapter)

@@ -145,7 +145,7 @@ def test_the_16_bit_original_is_rounded_and_the_difference_said(
     assert inspect(loaded_in_4bit).same_base is True
     elsewhere = inspect(loaded_in_4bit, tiny_nf4)
     assert elsewhere.same_base is False
-    assert "if those were 16-bit weights" in " ".join(str(elsewhere).split())
+    assert "of the same 16-bit model" in " ".join(str(elsewhere).split())
 
     qdora.quantize(tiny, tmp_path / "custom", double_quant=False)
     custom = saved(tmp_path / "custom", tmp_path / "c", AdapterConfig(rank=2))

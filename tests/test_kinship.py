@@ -87,7 +87,7 @@ def test_another_dtype_or_another_quantizer_is_taken_with_a_word(
 @pytest.mark.parametrize("base", ["other", "other-nf4"])
 def test_other_weights_are_refused_everywhere(place: Path, tmp_path: Path, adapter: str, base: str) -> None:
     pair = place / base, place / adapter
-    with pytest.raises(CheckpointError, match="was not trained on .*other.*--allow_other_base"):
+    with pytest.raises(CheckpointError, match=r"was not trained on .*other.*--allow_other_base"):
         qdora.load_model(*pair)
     with pytest.raises(CheckpointError, match="was not trained on"):
         qdora.merge(*pair, tmp_path / "out", verify=False)

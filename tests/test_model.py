@@ -19,6 +19,7 @@ from qdora.model import compute_dtype, is_nf4_checkpoint, model_linears, pick_de
 from qdora.nf4 import NF4Weight
 from tests.conftest import make_model
 from tests.memory import peak_of
+from tests.mutate import CANARY_CODE
 
 IDS = torch.arange(3, 43)[None]
 
@@ -159,3 +160,43 @@ def test_what_is_not_quantized_stays_in_16_bits(tiny_nf4: Path) -> None:
     model = qdora.load_model(tiny_nf4, device="cpu", adapter=qdora.AdapterConfig(rank=2))
     for name, parameter in model.named_parameters():
         assert parameter.dtype in (torch.bfloat16, torch.uint8), name
+
+
+@pytest.mark.parametrize("where", ["evil.Evil", "owner/name--evil.Evil"])
+def test_code_of_a_model_is_not_run_unasked(
+    where: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, canary = shutil.copytree(tiny, tmp_path / "evil"), tmp_path / "canary"
+    (directory / "evil.py").write_text(CANARY_CODE.format(path=str(canary)))
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": where, "AutoModelForCausalLM": where}}
+    (directory / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    with pytest.raises(CheckpointError, match="code of its own, which runs only with --trust_remote_code"):
+        qdora.load_model(directory)
+    assert not canary.exists()
+
+
+def test_an_adapter_beside_a_model_is_not_loaded_with_it(tiny: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny, tmp_path / "both")
+    shutil.copy(tiny_adapter / "adapter_config.json", directory)
+    with pytest.raises(CheckpointError, match=r"an adapter .* beside the model"):
+        qdora.load_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000"),
+        ({"quantization_config": {"llm_int8_skip_modules": ["(.+)+$x"]}}, "no name nor a simple pattern"),
+    ],
+)
+def test_a_config_that_would_take_hours(
+    changes: dict[str, object], message: str, tiny_nf4: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_nf4 / "config.json").read_text())
+    nested = changes.get("quantization_config", {})
+    merged = config | changes | {"quantization_config": config["quantization_config"] | nested}  # type: ignore[operator]
+    (tmp_path / "config.json").write_text(json.dumps(merged))
+    with pytest.raises(CheckpointError, match=message):
+        model_linears(tmp_path)

@@ -245,3 +245,40 @@ def test_the_default_dtype_does_not_matter() -> None:
         assert weight.dequantize(torch.float16).dtype == torch.float16
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("absmax", float("nan"), "negative, not finite or above"),
+        ("absmax", 1e30, "negative, not finite or above"),
+        ("absmax", -1.0, "negative, not finite or above"),
+        ("quant_map", 0.5, "not NF4's"),
+    ],
+)
+def test_refuses_scales_that_cannot_be(part: str, value: float, message: str) -> None:
+    tensors = quantize_nf4(torch.randn(64, 64), double_quant=False)
+    tensors[part] = tensors[part].clone()
+    tensors[part][0] = value
+    with pytest.raises(CheckpointError, match=message):
+        NF4Weight.from_tensors(tensors)
+
+
+@pytest.mark.parametrize("damage", ["short", "float64", "gone", "state"])
+def test_refuses_what_does_not_fit_together(damage: str) -> None:
+    tensors = quantize_nf4(torch.randn(64, 64))
+    if damage == "short":
+        tensors["nested_absmax"] = tensors["nested_absmax"][:0]
+    elif damage == "float64":
+        tensors["nested_absmax"] = tensors["nested_absmax"].double()
+    elif damage == "gone":
+        del tensors["quant_map"]
+    else:
+        tensors["quant_state.bitsandbytes__nf4"] = torch.frombuffer(bytearray(b"[" * 9999), dtype=torch.uint8)
+    with pytest.raises(CheckpointError):
+        NF4Weight.from_tensors(tensors)
+
+
+def test_refuses_a_weight_that_is_not_finite() -> None:
+    with pytest.raises(CheckpointError, match="not finite"):
+        NF4Weight.from_tensors(quantize_nf4(torch.full((64, 64), float("nan"))))

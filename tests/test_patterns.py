@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -10,19 +11,28 @@ from qdora import AdapterConfig, ConfigError
 from qdora.patterns import check_pattern, is_tame, matches
 
 NAME = "model.layers.10.self_attn.q_proj"
-HOSTILE = [r"(a|\w|.)*!{1}", r"(?:\w|[a-z._0-9])+(?<!j)", r"(.*)*.*.*.*.*.*.*(?<!j)", r"((\w+\.?)+)+(?<!j)"]
+HOSTILE = [
+    r"(\w|\.|[a-z])*(?<!j)",
+    r"(a|\w|.)*!{1}",
+    r"(?:\w|[a-z._0-9])+(?<!j)",
+    r"(.*)*.*.*.*.*.*.*(?<!j)",
+    r"((\w+\.?)+)+(?<!j)",
+]
 
 
 @pytest.mark.parametrize("pattern", HOSTILE)
 def test_a_hostile_expression_ends(pattern: str) -> None:
     began = time.perf_counter()
     check_pattern(pattern)
-    try:
+    with suppress(ConfigError):
         assert not matches(pattern, NAME * 3)
-    except ConfigError as error:
-        assert "still trying" in str(error)
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 10
     assert not is_tame(pattern)
+
+
+def test_the_time_is_limited() -> None:
+    with pytest.raises(ConfigError, match="still trying to match"):
+        matches(r"(\w|\.|[a-z])*(?<!j)", f"{NAME}j" * 3)
 
 
 @pytest.mark.parametrize("pattern", ["(", "a" * 20_000, "(" * 5_000, r"(?P<x", 7])

@@ -154,3 +154,11 @@ def test_sizes() -> None:
         with pytest.raises(ConfigError, match="not a size"):
             parse_size(bad)
     assert [format_bytes(n) for n in (5, 1500, 2.5e6, 1.234e9)] == ["5 B", "1.5 kB", "2.5 MB", "1.23 GB"]
+
+
+def test_a_name_that_stands_twice(tmp_path: Path) -> None:
+    entry = '"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    header = f"{{{entry},{entry}}}".encode()
+    (tmp_path / SINGLE_FILE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match="stands in its header twice"):
+        ShardReader(tmp_path)

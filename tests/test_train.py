@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import qdora
-from qdora import ConfigError, DataError, NumericsError
+from qdora import CheckpointError, ConfigError, DataError, NumericsError
 from qdora.inject import adapted_linears
 from qdora.verbs.train import train_from_arguments
 from tests.conftest import make_model
+from tests.mutate import Payload
 
 QUICK: dict[str, Any] = {
     "lora_r": 4,
@@ -202,3 +203,20 @@ def test_nothing_is_written_when_the_input_is_wrong(tiny_nf4: Path, pairs_file: 
     with pytest.raises(ConfigError, match="nothing to resume"):
         quick(tiny_nf4, pairs_file, out, resume_from_checkpoint=str(tmp_path / "absent"))
     assert not out.exists()
+
+
+def test_a_stranger_s_checkpoint_runs_no_code(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    quick(tiny_nf4, pairs_file, tmp_path / "run", max_steps=2, save_steps=1)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    for name in ("optimizer.pt", "training_args.bin"):
+        sound = (checkpoint / name).read_bytes()
+        torch.save({"state": Payload(canary)}, checkpoint / name)
+        resumed = {"max_steps": 2, "resume_from_checkpoint": str(checkpoint)}
+        if name == "optimizer.pt":
+            with pytest.raises(CheckpointError, match="might run code"):
+                quick(tiny_nf4, pairs_file, tmp_path / name, **resumed)
+        else:
+            quick(tiny_nf4, pairs_file, tmp_path / name, **resumed)  # nobody reads it
+        (checkpoint / name).write_bytes(sound)
+    assert not canary.exists()

@@ -297,10 +297,11 @@ def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
         raise
     except NumericsError as error:
         raise NumericsError(f"{error}; {_way_back(trainer)}") from None
-    except UnpicklingError as error:
+    except UnpicklingError:
         # torch reads a trainer's state with `weights_only`, and refuses whatever would run code
-        checkpoint = beginning.checkpoint
-        raise CheckpointError(f"{checkpoint} holds what no trainer's state is made of ({reason(error)})") from None
+        raise CheckpointError(
+            f"{beginning.checkpoint} holds what no trainer leaves there, and what might run code; do not resume from it"
+        ) from None
     except (ValueError, ImportError) as error:
         # what the trainer finds wrong only when it makes the optimizer, the schedule or the batches
         raise ConfigError(
