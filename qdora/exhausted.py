@@ -140,8 +140,10 @@ class Headroom:
         reckoned, asked = memory_model(self._run, self._training, on_accelerator), asked_plan(self._run, self._training)
         failed = reckoned.need(asked).device_bytes
         plan, need = choose(reckoned, asked, min(room, int(failed * _LESS)))
-        batch = "" if plan.rows * plan.accumulation == asked.rows * asked.accumulation else (
-            "; that is another batch, so that a resumed epoch goes on at other rows than it stopped at"
+        batch = (
+            ""
+            if plan.rows * plan.accumulation == asked.rows * asked.accumulation
+            else ("; that is another batch, so that a resumed epoch goes on at other rows than it stopped at")
         )
         return (
             f"of {format_bytes(room)} this plan takes {format_bytes(failed)}, and {format_bytes(need.device_bytes)} "

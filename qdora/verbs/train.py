@@ -163,8 +163,8 @@ def _plan(run: RunArguments, training: Any) -> str:
 def _make_repeatable(training: Any) -> None:
     """Seed everything that is drawn from here on: fresh adapters, dropout, the order of rows.
 
-    cuBLAS reads how it must work when it is first used, so that `--full_determinism` is settled before there is a model;
-    the trainer would do it after.
+    cuBLAS reads how it must work when it is first used, so `--full_determinism` is settled before there is a model; the
+    trainer would do it after.
     """
     (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
 
