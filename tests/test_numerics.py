@@ -200,7 +200,7 @@ def source_of(model: nn.Module, scale: float = 1.0) -> str:
 
 
 def test_where_it_began() -> None:
-    """In the backward: the last layer whose gradient is not finite, though all before it have one that is not either."""
+    """In the backward: the last layer whose gradient is not finite, though those before it have none that is."""
     assert source_of(_Stack(explodes_after=2)).startswith("in the gradient of layers.2.bias")
     assert source_of(_Stack(), scale=torch.inf).startswith("in the loss itself")
     model = _Stack()
