@@ -14,14 +14,14 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"verbs"},
-    {"notes"},
-    {"corpus", "preflight", "trainer", "verify", "conversation", "residual"},
+    {"notes", "ending"},
+    {"corpus", "exhausted", "preflight", "trainer", "verify", "conversation", "residual"},
     {"answers", "planner", "baseweights", "drawing", "tokenizer"},
     {"arguments", "memory", "model", "analysis", "generation"},
     {"checkpoint", "sources"},
     {"stream", "offload", "simulate", "sharding"},
     {"inject", "choices"},
-    {"data", "dora", "measure", "packing", "progress", "report", "scoring", "screens"},
+    {"data", "dora", "measure", "movement", "numerics", "packing", "progress", "report", "scoring", "screens"},
     {"nf4", "curves", "dense", "loss", "optimizer", "rows", "shards", "output", "parsers", "tables"},
     {"base", "flags", "groups", "nearest", "workspace"},
     {"config", "distributed"},
@@ -79,7 +79,7 @@ def test_the_readme_s_tree_is_the_tree() -> None:
 def test_tests_mirror_the_source() -> None:
     tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     # What these do is tested where it is used: in `test_inject`, `test_dora`, `test_train`, `test_merge`,
-    # `test_chat`, `test_report`, `test_inspect` and `test_distributed`.
+    # `test_chat`, `test_report`, `test_exhausted`, `test_inspect` and `test_distributed`.
     elsewhere = {
         "__init__",
         "__main__",
@@ -87,6 +87,7 @@ def test_tests_mirror_the_source() -> None:
         "base",
         "dense",
         "curves",
+        "ending",
         "conversation",
         "corpus",
         "flags",

@@ -25,8 +25,9 @@ from qdora.corpus import Corpus, load_corpus, use_chat_template
 from qdora.curves import loss_series
 from qdora.data import EncodedData
 from qdora.distributed import is_main, processes, say
+from qdora.ending import end_for_memory, way_back
 from qdora.errors import ConfigError, NumericsError, QDoRAError, out_of_memory, reason
-from qdora.exhausted import Headroom, let_go, memory_explained, moment_of
+from qdora.exhausted import Headroom, memory_explained
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
 from qdora.model import load_model, trainable_parameters
@@ -42,7 +43,6 @@ from qdora.preflight import (
     check_trackers,
     check_unused,
     checkpoint_to_resume,
-    last_checkpoint,
 )
 from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
@@ -272,7 +272,7 @@ def _run(trainer: Any, resume: str | None, headroom: Headroom) -> None:
     try:
         trainer.train(resume_from_checkpoint=resume)
     except NumericsError as error:
-        raise NumericsError(f"{error}; {_way_back(trainer)}") from None
+        raise NumericsError(f"{error}; {way_back(trainer)}") from None
     except (ValueError, ImportError) as error:
         # what the trainer finds wrong only when it makes the optimizer, the schedule or the batches
         raise ConfigError(
@@ -281,39 +281,7 @@ def _run(trainer: Any, resume: str | None, headroom: Headroom) -> None:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise QDoRAError(_exhausted(trainer, error, headroom)) from None
-
-
-def _exhausted(trainer: Any, error: BaseException, headroom: Headroom) -> str:
-    """Save what can be saved, and say where memory ran out and how to go on."""
-    moment, said, args = moment_of(error, trainer.model), reason(error), trainer.args
-    let_go(error)
-    trainer.model.zero_grad()
-    if moment.whole:
-        _save_before_leaving(trainer)
-    advice = headroom.advice()
-    if moment.evaluating:
-        advice = f"lower --per_device_eval_batch_size, which is {args.per_device_eval_batch_size}"
-    done = f"after {trainer.state.global_step} of {trainer.state.max_steps} steps"
-    return f"out of memory {moment.words}, {done} ({said}); {advice}; {_way_back(trainer)}"
-
-
-def _save_before_leaving(trainer: Any) -> None:
-    """A checkpoint of the last step, unless there is one; several processes cannot, for the others wait elsewhere."""
-    last, step = last_checkpoint(Path(trainer.args.output_dir)), trainer.state.global_step
-    if processes() > 1 or step == 0 or (last is not None and last.name == f"checkpoint-{step}"):
-        return
-    try:
-        trainer._save_checkpoint(trainer.model, trial=None)
-    except (RuntimeError, MemoryError, OSError):
-        return  # then an earlier one is the last, and is named
-
-
-def _way_back(trainer: Any) -> str:
-    last = last_checkpoint(Path(trainer.args.output_dir))
-    if last is None:
-        return "no checkpoint was written yet: begin anew"
-    return f"the last good checkpoint is {last}: go on with --resume_from_checkpoint last"
+        raise QDoRAError(end_for_memory(trainer, error, headroom)) from None
 
 
 def _finish(trainer: Any, run: RunArguments, corpus: Corpus, output_dir: Path) -> TrainReport:
