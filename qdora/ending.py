@@ -49,4 +49,5 @@ def way_back(trainer: Any) -> str:
     last = last_checkpoint(Path(trainer.args.output_dir))
     if last is None:
         return "no checkpoint was written yet: begin anew"
-    return f"the last good checkpoint is {last}: go on with --resume_from_checkpoint last"
+    how = "--resume_from_checkpoint last (at the checkpoint's learning rate; another needs a new run)"
+    return f"the last good checkpoint is {last}: go on with {how}"

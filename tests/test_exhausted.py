@@ -161,7 +161,8 @@ def test_the_host_s_own_memory(pairs_file: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", intermediate_size=32768)
     program = (
         "import psutil, sys; from qdora.cli import main; import qdora.verbs.train, qdora.trainer; "
-        "p = psutil.Process(); p.rlimit(psutil.RLIMIT_AS, (p.memory_info().vms + 10**9,) * 2); sys.exit(main(sys.argv[1:]))"
+        "p = psutil.Process(); p.rlimit(psutil.RLIMIT_AS, (p.memory_info().vms + 10**9,) * 2); "
+        "sys.exit(main(sys.argv[1:]))"
     )
     data = tmp_path / "long.jsonl"
     data.write_text('{"text": "' + "The quick brown fox jumps over the lazy dog. " * 100 + '"}\n' * 128)
