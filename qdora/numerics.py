@@ -72,7 +72,7 @@ class FiniteGuard:
     def __init__(self, model: nn.Module, replay: Replay, skips: bool = False, scaler: Any = None) -> None:
         self._model, self._replay, self._skips, self._scaler = model, replay, skips, scaler
         self._step: _Step | None = None
-        self._in_a_row = self._since_log = self._left_out = 0
+        self._in_a_row = self._since_log = self._left_out = self._seen = 0
         self._began = self._last_logged = 0
         self._first: str | None = None
 
@@ -105,8 +105,8 @@ class FiniteGuard:
                 tensor is not finite already. Nothing was applied.
         """
         step, self._step = self._step, None
-        if step is None:
-            return True
+        assert step is not None
+        self._seen += 1
         loss, measured, tokens = summed(step.figures(norm)).tolist()
         if tokens == 0:
             self._leave_out(step, number, "no token of it carries loss")
@@ -141,7 +141,7 @@ class FiniteGuard:
         """What is to be said of it all at the end."""
         if not self._left_out:
             return None
-        return f"{self._left_out} steps were left out, and changed nothing: {self._first}"
+        return f"{self._left_out} of {self._seen} steps left out, which changed nothing, first {self._first}"
 
     def _scaler_sees_to_it(self) -> bool:
         return self._scaler is not None and self._scaler.get_scale() >= 1

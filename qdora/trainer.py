@@ -188,7 +188,7 @@ class AdapterTrainer(SFTTrainer):
         """Stop at a loss that is not finite; where it begins is found by measuring once more."""
         if math.isfinite(loss):
             return
-        with first_bad_output(self._scored) as outputs, self.compute_loss_context_manager():
+        with first_bad_output(self.model) as outputs, self.compute_loss_context_manager():
             score(self._scored, map(self._prepare_inputs, dataloader), self._head_is_plain)
         places = [place for found in gathered(outputs[:1]) for place in found]
         where = f", first in the output of {places[0]}" if places else ""

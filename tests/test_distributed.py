@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import qdora
 from qdora.arguments import flags_of
 from tests.conftest import make_model
+from tests.test_numerics import POISON, rows, spoil
 
 ROOT = Path(__file__).parents[1]
 RUN: dict[str, Any] = {
@@ -87,6 +88,9 @@ def runs(common: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
     untied = make_model(tmp_path_factory.mktemp("untied") / "model", tie=False, hidden_size=72, num_hidden_layers=3)
     evaluated = {"eval_dataset": common["dataset"], "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     shard = {"fsdp": True}
+    nan = make_model(tmp_path_factory.mktemp("nan") / "model", tie=False)
+    spoil(nan, "model.embed_tokens.weight", float("nan"), qdora.load_tokenizer(nan)(POISON)["input_ids"][0])
+    poison = {"model_name_or_path": str(nan), "dataset": str(rows(out / "poisoned.jsonl", bad={20}))}
     planned: dict[str, dict[str, Any]] = {
         "ddp": EXACT,
         "ddp_streamed": {**EXACT, "stream_base": True},
@@ -99,6 +103,8 @@ def runs(common: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
         "fsdp_half": {**RESUMED, **shard, "max_steps": 2, "output_dir": str(out / "fsdp_resumed")},
         "fsdp_resumed": {**RESUMED, **shard, "resume_from_checkpoint": "last"},
         "fsdp_from_ddp": {**RESUMED, **shard, "resume_from_checkpoint": str(out / "ddp_whole" / "checkpoint-2")},
+        "ddp_stops": {**poison, "max_steps": 6},
+        "fsdp_skips": {**poison, **shard, "max_steps": 6, "on_nonfinite": "skip"},
         "no_version_1": {"fsdp": True, "fsdp_config": {"version": 1}},
         "no_streaming": {**shard, "stream_base": True},
         "no_offloading": {"fsdp": True, "fsdp_config": {"cpu_offload": True}},
@@ -182,6 +188,18 @@ def test_each_holds_half_and_the_norm_follows_the_shards(runs: Path) -> None:
 def test_what_does_not_go_together_is_refused(name: str, says: str, runs: Path) -> None:
     for message in results(runs, name):
         assert says in message
+
+
+def test_one_process_s_nan_stops_both_or_is_left_out_by_both(runs: Path) -> None:
+    """The row is one process's; what it was is known to both."""
+    first, second = results(runs, "ddp_stops")
+    assert first == second
+    assert "is not finite, first in the output of model.embed_tokens; the step was not applied" in first
+    assert not (runs / "ddp_stops" / "adapter_model.safetensors").exists()
+    assert results(runs, "fsdp_skips") == [6, 6]
+    assert all(tensor.isfinite().all() for tensor in tensors(runs / "fsdp_skips").values())
+    assert sum(history(runs / "fsdp_skips", "steps_left_out")) == 1
+    assert "1 of 6 steps left out" in (runs / "fsdp_skips" / "report.md").read_text()
 
 
 def test_one_process_cannot_shard(common: dict[str, Any], tmp_path: Path) -> None:

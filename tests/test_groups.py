@@ -9,7 +9,7 @@ import torch
 
 import qdora
 from qdora import ConfigError
-from qdora.groups import Rates, freeze_part, parameter_groups
+from qdora.groups import Rates, freeze_part, parameter_groups, rates_by_part
 
 
 @pytest.fixture
@@ -53,3 +53,13 @@ def test_mistakes(tiny_nf4: Path) -> None:
         Rates(1.0, b_ratio=0)
     with pytest.raises(ConfigError, match="found nan"):
         Rates(float("nan"))
+
+
+def test_the_rate_of_each_part(model: torch.nn.Module) -> None:
+    alike = rates_by_part(parameter_groups(model, Rates(1e-3)))
+    assert alike == {"learning_rate_magnitude": 1e-3, "learning_rate_A": 1e-3, "learning_rate_B": 1e-3}
+    apart = rates_by_part(parameter_groups(model, Rates(1e-3, magnitude_learning_rate=1e-4, b_ratio=16)))
+    assert apart == {"learning_rate_magnitude": 1e-4, "learning_rate_A": 1e-3, "learning_rate_B": 0.016}
+    freeze_part(model, "magnitude")
+    assert rates_by_part(parameter_groups(model, Rates(1e-3))).keys() == {"learning_rate_A", "learning_rate_B"}
+    assert rates_by_part([{"lr": 1.0, "params": []}]) == {}

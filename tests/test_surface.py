@@ -14,8 +14,8 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"verbs"},
-    {"notes"},
-    {"corpus", "preflight", "trainer", "verify", "conversation", "residual"},
+    {"notes", "ending"},
+    {"corpus", "exhausted", "preflight", "trainer", "verify", "conversation", "residual"},
     {"answers", "planner", "baseweights", "drawing", "tokenizer"},
     {"arguments", "memory", "model", "analysis", "generation"},
     {"saving"},
@@ -23,7 +23,10 @@ LAYERS = [
     {"reference", "stream", "offload", "simulate", "sharding"},
     {"inject", "choices", "dropin"},
     {"experts", "peftlayer"},
-    {"data", "dora", "whole", "kinship", "measure", "packing", "progress", "report", "scoring", "screens"},
+    {
+        *{"data", "dora", "whole", "kinship", "measure", "movement", "numerics", "packing", "progress", "report"},
+        *{"scoring", "screens"},
+    },
     {"nf4", "curves", "dense", "loss", "optimizer", "rows", "shards", "output", "parsers", "tables", "templates"},
     {"base", "flags", "groups", "nearest", "workspace"},
     {"config", "distributed"},
@@ -82,7 +85,7 @@ def test_the_readme_s_tree_is_the_tree() -> None:
 def test_tests_mirror_the_source() -> None:
     tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     # What these do is tested where it is used: in `test_inject`, `test_dora`, `test_train`, `test_merge`,
-    # `test_chat`, `test_report`, `test_inspect` and `test_distributed`.
+    # `test_chat`, `test_report`, `test_exhausted`, `test_inspect` and `test_distributed`.
     elsewhere = {
         "__init__",
         "__main__",
@@ -90,6 +93,7 @@ def test_tests_mirror_the_source() -> None:
         "base",
         "dense",
         "curves",
+        "ending",
         "conversation",
         "corpus",
         "flags",

@@ -109,7 +109,11 @@ def test_frozen_parts_stay(
 
 def test_the_rates_are_in_the_report(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
     rates = {"magnitude_learning_rate": 1e-4, "loraplus_lr_ratio": 16, "magnitude_weight_decay": 0.5}
-    quick(tiny_nf4, pairs_file, tmp_path, max_steps=2, learning_rate=1e-3, save_strategy="no", **rates)
+    flags = {"max_steps": 2, "lr_scheduler_type": "linear", "save_strategy": "no"}
+    quick(tiny_nf4, pairs_file, tmp_path, learning_rate=1e-3, **flags, **rates)
+    log = [row for row in log_of(tmp_path) if row["loss"]]
+    for name, highest in (("magnitude", 1e-4), ("A", 1e-3), ("B", 0.016)):
+        assert [float(row[f"learning_rate_{name}"]) for row in log] == pytest.approx([highest, highest / 2])
     report = (tmp_path / "report.md").read_text()
     assert "| direction | 4,608 | 0.001 | 0 |" in report
     assert "| direction, B | 5,120 | 0.016 | 0 |" in report

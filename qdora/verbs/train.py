@@ -27,8 +27,9 @@ from qdora.corpus import Corpus, load_corpus, use_chat_template
 from qdora.curves import loss_series
 from qdora.data import EncodedData
 from qdora.distributed import is_main, processes, say
+from qdora.ending import end_for_memory, way_back
 from qdora.errors import CheckpointError, ConfigError, NumericsError, QDoRAError, out_of_memory, reason
-from qdora.exhausted import Headroom, let_go, memory_explained, moment_of
+from qdora.exhausted import Headroom, memory_explained
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
 from qdora.lock import locked
@@ -42,7 +43,7 @@ from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
 from qdora.preflight import check_original, check_place, check_sharded, check_trackers
 from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
-from qdora.resume import Start, begin_record, finish_record, last_checkpoint, start
+from qdora.resume import Start, begin_record, finish_record, start
 from qdora.sharding import Sharding, take_sharding
 from qdora.shards import parse_size
 from qdora.signals import Stopped, StopRequest
@@ -175,8 +176,8 @@ def _plan(run: RunArguments, training: Any) -> str:
 def _make_repeatable(training: Any) -> None:
     """Seed everything that is drawn from here on: fresh adapters, dropout, the order of rows.
 
-    cuBLAS reads how it must work when it is first used, so that `--full_determinism` is settled before there is a model;
-    the trainer would do it after.
+    cuBLAS reads how it must work when it is first used, so `--full_determinism` is settled before there is a model; the
+    trainer would do it after.
     """
     (enable_full_determinism if training.full_determinism else set_seed)(training.seed)
 
@@ -296,7 +297,7 @@ def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # the bar, the trackers
         raise
     except NumericsError as error:
-        raise NumericsError(f"{error}; {_way_back(trainer)}") from None
+        raise NumericsError(f"{error}; {way_back(trainer)}") from None
     except UnpicklingError:
         # torch reads a trainer's state with `weights_only`, and refuses whatever would run code
         raise CheckpointError(
@@ -310,39 +311,7 @@ def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise QDoRAError(_exhausted(trainer, error, headroom)) from None
-
-
-def _exhausted(trainer: Any, error: BaseException, headroom: Headroom) -> str:
-    """Save what can be saved, and say where memory ran out and how to go on."""
-    moment, said, args = moment_of(error, trainer.model), reason(error), trainer.args
-    let_go(error)
-    trainer.model.zero_grad()
-    if moment.whole:
-        _save_before_leaving(trainer)
-    advice = headroom.advice()
-    if moment.evaluating:
-        advice = f"lower --per_device_eval_batch_size, which is {args.per_device_eval_batch_size}"
-    done = f"after {trainer.state.global_step} of {trainer.state.max_steps} steps"
-    return f"out of memory {moment.words}, {done} ({said}); {advice}; {_way_back(trainer)}"
-
-
-def _save_before_leaving(trainer: Any) -> None:
-    """A checkpoint of the last step, unless there is one; several processes cannot, for the others wait elsewhere."""
-    last, step = last_checkpoint(Path(trainer.args.output_dir)), trainer.state.global_step
-    if processes() > 1 or step == 0 or (last is not None and last.name == f"checkpoint-{step}"):
-        return
-    try:
-        trainer._save_checkpoint(trainer.model, trial=None)
-    except (RuntimeError, MemoryError, OSError):
-        return  # then an earlier one is the last, and is named
-
-
-def _way_back(trainer: Any) -> str:
-    last = last_checkpoint(Path(trainer.args.output_dir))
-    if last is None:
-        return "no checkpoint was written yet: begin anew"
-    return f"the last good checkpoint is {last}: go on with --resume_from_checkpoint last"
+        raise QDoRAError(end_for_memory(trainer, error, headroom)) from None
 
 
 def _finish(trainer: Any, run: RunArguments, corpus: Corpus, output_dir: Path) -> TrainReport:
