@@ -43,7 +43,8 @@ __all__ = [
 RECORD_FILE = "qdora_train.json"
 _STATE_FILE = "trainer_state.json"
 # Not settings of the training: where a run is, and how it and each of its processes were started.
-_NOT_COMPARED = ("output_dir", "run_name", "resume_from_checkpoint", "overwrite_output_dir", "local_rank")
+_NOT_RECORDED = ("output_dir", "run_name", "resume_from_checkpoint", "local_rank")
+_NOT_COMPARED = ("overwrite_output_dir",)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def _fault(checkpoint: Path, complete: bool) -> str | None:
     Args:
         complete: what `--save_only_model` leaves out is a fault too, for the run would not end with the same bits.
     """
-    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    random_states = list(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
+    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states]
     tensors = [checkpoint / "adapter_model.safetensors", *checkpoint.glob("magnitude_offsets.safetensors")]
     try:
         TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
@@ -230,7 +232,7 @@ def _settings(run: RunArguments, training: Any) -> dict[str, Any]:
     """Every flag, as JSON has it; the number of processes, which makes the batch."""
     flags = {**training.to_dict(), **dataclasses.asdict(run), "processes": processes()}
     plain: dict[str, Any] = json.loads(json.dumps(flags, default=str))
-    return dict(sorted(plain.items()))
+    return {name: value for name, value in sorted(plain.items()) if name not in _NOT_RECORDED}
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:

@@ -52,9 +52,8 @@ class Launcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait()
+        self._server.kill()
+        self._server.communicate()
 
     def start(
         self,

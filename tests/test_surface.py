@@ -21,10 +21,10 @@ LAYERS = [
     {"checkpoint", "sources"},
     {"stream", "offload", "simulate", "sharding"},
     {"inject", "choices"},
-    {"data", "dora", "measure", "packing", "progress", "report", "scoring", "screens"},
+    {"data", "dora", "measure", "packing", "progress", "report", "resume", "scoring", "screens"},
     {"nf4", "curves", "dense", "loss", "optimizer", "rows", "shards", "output", "parsers", "tables"},
-    {"base", "flags", "groups", "nearest", "workspace"},
-    {"config", "distributed"},
+    {"base", "flags", "groups", "nearest", "signals", "workspace"},
+    {"config", "distributed", "lock"},
     {"errors"},
 ]
 MODULES = [path for path in (ROOT / "qdora").rglob("*.py") if path.stem != "__init__"]
