@@ -33,6 +33,7 @@ __all__ = [
     "RECORD_FILE",
     "Start",
     "begin_record",
+    "clear_scratch",
     "finish_record",
     "keep_newest",
     "name_checkpoint",
@@ -192,11 +193,15 @@ def scratch_of(output_dir: Path) -> Path:
     return output_dir / UNFINISHED
 
 
+def clear_scratch(output_dir: Path) -> None:
+    """Remove what is there, as far as that is possible."""
+    shutil.rmtree(scratch_of(output_dir), ignore_errors=True)
+
+
 def name_checkpoint(scratch: Path, checkpoint: Path) -> None:
     """Give a complete checkpoint its name, once it is on the disk."""
     flush(scratch)
     put_in_place(scratch, checkpoint)
-    shutil.rmtree(scratch.parent, ignore_errors=True)
 
 
 def keep_newest(output_dir: Path, limit: int | None, newest: Path, best: str | None) -> None:
@@ -213,7 +218,7 @@ def _discard(checkpoint: Path) -> None:
     nameless = scratch_of(checkpoint.parent) / checkpoint.name
     nameless.parent.mkdir(exist_ok=True)
     checkpoint.rename(nameless)
-    shutil.rmtree(nameless.parent, ignore_errors=True)
+    clear_scratch(checkpoint.parent)
 
 
 def _named(output_dir: Path) -> list[Path]:
