@@ -40,7 +40,8 @@ def locked(file: Path, out: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):  # gone already, or read-only by now; what is left of it means nothing
+            file.unlink()
         _held.discard(handle)
         os.close(handle)
         with suppress(OSError):  # what was made for nothing goes again; what holds something stays

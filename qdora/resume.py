@@ -33,6 +33,7 @@ __all__ = [
     "RECORD_FILE",
     "Start",
     "begin_record",
+    "clear_scratch",
     "finish_record",
     "keep_newest",
     "last_checkpoint",
@@ -44,7 +45,8 @@ __all__ = [
 RECORD_FILE = "qdora_train.json"
 _STATE_FILE = "trainer_state.json"
 # Not settings of the training: where a run is, and how it and each of its processes were started.
-_NOT_COMPARED = ("output_dir", "run_name", "resume_from_checkpoint", "overwrite_output_dir", "local_rank")
+_NOT_RECORDED = ("output_dir", "run_name", "resume_from_checkpoint", "local_rank")
+_NOT_COMPARED = ("overwrite_output_dir",)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def _fault(checkpoint: Path, complete: bool) -> str | None:
     Args:
         complete: what `--save_only_model` leaves out is a fault too, for the run would not end with the same bits.
     """
-    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    random_states = list(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
+    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states]
     tensors = [checkpoint / "adapter_model.safetensors", *checkpoint.glob("magnitude_offsets.safetensors")]
     try:
         TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
@@ -196,11 +199,15 @@ def scratch_of(output_dir: Path) -> Path:
     return output_dir / UNFINISHED
 
 
+def clear_scratch(output_dir: Path) -> None:
+    """Remove what is there, as far as that is possible."""
+    shutil.rmtree(scratch_of(output_dir), ignore_errors=True)
+
+
 def name_checkpoint(scratch: Path, checkpoint: Path) -> None:
     """Give a complete checkpoint its name, once it is on the disk."""
     flush(scratch)
     put_in_place(scratch, checkpoint)
-    shutil.rmtree(scratch.parent, ignore_errors=True)
 
 
 def keep_newest(output_dir: Path, limit: int | None, newest: Path, best: str | None) -> None:
@@ -217,7 +224,7 @@ def _discard(checkpoint: Path) -> None:
     nameless = scratch_of(checkpoint.parent) / checkpoint.name
     nameless.parent.mkdir(exist_ok=True)
     checkpoint.rename(nameless)
-    shutil.rmtree(nameless.parent, ignore_errors=True)
+    clear_scratch(checkpoint.parent)
 
 
 def _named(output_dir: Path) -> list[Path]:
@@ -236,7 +243,7 @@ def _settings(run: RunArguments, training: Any) -> dict[str, Any]:
     """Every flag, as JSON has it; the number of processes, which makes the batch."""
     flags = {**training.to_dict(), **dataclasses.asdict(run), "processes": processes()}
     plain: dict[str, Any] = json.loads(json.dumps(flags, default=str))
-    return dict(sorted(plain.items()))
+    return {name: value for name, value in sorted(plain.items()) if name not in _NOT_RECORDED}
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:

@@ -28,7 +28,7 @@ from qdora.offload import HostInputs
 from qdora.output import whole_files, writing
 from qdora.packing import check_rows_apart
 from qdora.progress import Progress, Speedometer
-from qdora.resume import keep_newest, name_checkpoint, scratch_of
+from qdora.resume import clear_scratch, keep_newest, name_checkpoint, scratch_of
 from qdora.scoring import ScoredModel
 from qdora.sharding import Sharding, shard_root
 from qdora.signals import Stopped, StopRequest
@@ -265,6 +265,8 @@ class AdapterTrainer(SFTTrainer):
                     keep_newest(out, self._keep, checkpoint, self.state.best_model_checkpoint)
         finally:
             self._saving_to = None
+            if self.args.should_save:
+                clear_scratch(out)  # after a failure it would fill a disk that is full
         self.accelerator.wait_for_everyone()  # or one might leave, and end all, while the main one is writing
 
     def save_all(self) -> None:

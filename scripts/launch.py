@@ -16,6 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,8 @@ class Launcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait()
+        self._server.kill()
+        self._server.communicate()
 
     def start(
         self,
@@ -150,8 +150,10 @@ def serve() -> None:
         if child == 0:
             try:
                 run_child(json.loads(line))
+            except BaseException:
+                traceback.print_exc()  # an error that nobody foresaw
             finally:
-                os._exit(70)  # an error that nobody foresaw
+                os._exit(70)
         print(child, flush=True)
 
 

@@ -44,7 +44,7 @@ CHECKPOINT = {
 SAVE_STEPS = 3
 TRAIN = (
     "--lora_r 4 --per_device_train_batch_size 8 --max_length 64 --learning_rate 5e-3 --lora_dropout 0.1 --use_cpu true "
-    f"--disable_tqdm true --logging_steps 1 --max_steps 14 --save_strategy steps --save_steps {SAVE_STEPS}"
+    f"--disable_tqdm true --logging_steps 1 --max_steps 11 --save_strategy steps --save_steps {SAVE_STEPS}"
 ).split()
 BEST = (
     f"--eval_strategy steps --eval_steps {SAVE_STEPS} --load_best_model_at_end true --save_total_limit 2 "
@@ -217,6 +217,7 @@ def make_inputs(directory: Path, launcher: Launcher) -> list[Case]:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     nf4, adapter = directory / "nf4", directory / "adapter"
     flags = ["--model_name_or_path", str(nf4), "--dataset", str(data), "--output_dir", str(adapter), *TRAIN]
+    flags += ["--max_steps", "2"]
     for arguments in (["quantize", str(model), str(nf4)], ["train", *flags]):
         launcher.start(arguments, directory)
         if launcher.wait() != 0:

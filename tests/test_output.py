@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
-from qdora.errors import ConfigError
-from qdora.output import check_output, new_directory
+from qdora.errors import CheckpointError, ConfigError, OutputError
+from qdora.output import check_output, new_directory, replace_text, save_tensors, whole_files, write_json, writing
 
 
 def test_appears_at_the_end(tmp_path: Path) -> None:
@@ -64,3 +72,134 @@ def test_the_input_is_never_replaced(tmp_path: Path) -> None:
     assert (model / "config.json").read_text() == "[]"
     assert (tmp_path / "link").is_symlink()
     assert os.listdir(model.parent) == ["base"]
+
+
+def test_what_a_kill_left_is_put_right(tmp_path: Path) -> None:
+    """Between the two renames, and while the old one was being removed."""
+    old, scratch = tmp_path / ".out.unfinished-abc-replaced", tmp_path / ".out.unfinished-abc"
+    for directory in (old, scratch, tmp_path / ".other.unfinished-abc"):
+        directory.mkdir()
+    (old / "config.json").write_text("old")
+    with pytest.raises(ConfigError, match="not empty"), new_directory(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == [".other.unfinished-abc", "out"]
+    old.mkdir()
+    with new_directory(tmp_path / "out", overwrite=True) as new:
+        (new / "config.json").write_text("new")
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == [".other.unfinished-abc", "out"]
+
+
+def test_what_another_program_put_there_meanwhile_stays(tmp_path: Path) -> None:
+    def disturbed() -> None:
+        with new_directory(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").touch()
+
+    with pytest.raises(ConfigError, match="not empty"):
+        disturbed()
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["theirs"]
+
+
+def test_a_rename_that_fails_brings_the_old_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == tmp_path / "out" and not self.name.endswith("-replaced"):
+            raise OSError(30, "Read-only file system")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with (
+        pytest.raises(OutputError, match=r"out: Read-only file system; make room"),
+        new_directory(tmp_path / "out", overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_files_come_whole_or_not_at_all(tmp_path: Path) -> None:
+    def cut_short() -> None:
+        with whole_files(tmp_path) as scratch:
+            (scratch / "a").write_text("half")
+            raise KeyboardInterrupt
+
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        cut_short()
+    assert (tmp_path / "a").read_text() == "old"
+    with whole_files(tmp_path) as scratch:
+        (scratch / "a").write_text("new")
+    assert (tmp_path / "a").read_text() == "new"
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(tmp_path / "a", "\udc80")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+SAVE = """
+import sys, torch
+from pathlib import Path
+from qdora.output import save_tensors
+facts = {"format": "pt", **{f"fact {i} ü": str(i) for i in range(8)}}
+save_tensors({"b": torch.arange(5), "a": torch.ones(2, 3).bfloat16()}, Path(sys.argv[1]), facts)
+"""
+
+
+def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
+    """In processes of their own, for the order of safetensors' hash map changes from one to the next."""
+    for number in range(2):
+        subprocess.run([sys.executable, "-c", SAVE, str(tmp_path / str(number))], check=True)
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    tensors = load_file(tmp_path / "0")
+    assert torch.equal(tensors["b"], torch.arange(5))
+    with safe_open(tmp_path / "0", framework="pt") as file:
+        assert file.metadata()["fact 7 ü"] == "7"
+
+
+@pytest.fixture
+def full() -> object:
+    """No file may grow past 64 KiB: writing more fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+BIG = {"a": torch.zeros(2**16)}
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "safetensors": lambda path: save_file(BIG, path),
+    "ours": lambda path: save_tensors(BIG, path, {"format": "pt"}),
+    "torch": lambda path: torch.save(BIG, path),
+    "text": lambda path: write_json(path, {"a": "b" * 2**17}),
+}
+
+
+@pytest.mark.usefixtures("full")
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_a_full_disk_is_one_line(kind: str, tmp_path: Path) -> None:
+    def fill() -> None:
+        with new_directory(tmp_path / "out") as scratch:
+            WRITERS[kind](scratch / "file")
+
+    assert signal.getsignal(signal.SIGXFSZ) is signal.SIG_IGN
+    with pytest.raises(OutputError, match=r"^cannot write .*/out: .*; make room there, or choose another place$"):
+        fill()
+    assert not os.listdir(tmp_path)
+
+
+def test_a_directory_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    for write in WRITERS.values():
+        with pytest.raises(OutputError, match="cannot write out: "), writing("out"):
+            write(tmp_path / "gone" / "file")
+
+
+@pytest.mark.parametrize("error", [CheckpointError("x (os error 2)"), ValueError("y"), SafetensorError("z")])
+def test_other_errors_pass(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, writing("out"):
+        raise error
+    assert caught.value is error

@@ -25,11 +25,11 @@ LAYERS = [
     {"experts", "peftlayer"},
     {
         *{"data", "dora", "whole", "kinship", "measure", "movement", "numerics", "packing", "progress", "report"},
-        *{"scoring", "screens"},
+        *{"resume", "scoring", "screens"},
     },
     {"nf4", "curves", "dense", "loss", "optimizer", "rows", "shards", "output", "parsers", "tables", "templates"},
-    {"base", "flags", "groups", "nearest", "workspace"},
-    {"config", "distributed"},
+    {"base", "flags", "groups", "nearest", "signals", "workspace"},
+    {"config", "distributed", "lock"},
     {"patterns"},
     {"errors"},
 ]

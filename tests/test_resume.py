@@ -1,0 +1,150 @@
+"""The same command goes on where its run was, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import Launcher
+from stress_kill import Case, differences, digests, measure
+
+from qdora import CheckpointError, ConfigError
+from tests.test_train import quick
+
+FLAGS: dict[str, Any] = {"max_steps": 7, "save_steps": 2, "lora_dropout": 0.1, "lr_scheduler_type": "linear"}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_nf4: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints of the steps 2, 4, 6 and 7."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    quick(tiny_nf4, pairs_file, out, **FLAGS)
+    return out
+
+
+@pytest.fixture
+def out(whole: Path, tmp_path: Path) -> Path:
+    """The same run, as a kill would leave it after its last checkpoint."""
+    shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("adapter_model*", "report.md"))
+    for checkpoint in whole.glob("checkpoint-*"):
+        shutil.copytree(checkpoint, tmp_path / "out" / checkpoint.name, dirs_exist_ok=True)
+    record = json.loads((whole / "qdora_train.json").read_text())
+    (tmp_path / "out" / "qdora_train.json").write_text(json.dumps({**record, "finished": False}))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("missing", [(), ("checkpoint-7",), ("checkpoint-7", "checkpoint-6"), "all"])
+def test_an_unfinished_run_goes_on(
+    missing: Any, whole: Path, out: Path, tiny_nf4: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [path.name for path in out.glob("checkpoint-*")] if missing == "all" else missing:
+        shutil.rmtree(out / name)
+    left = sorted(path.name for path in out.glob("checkpoint-*"))
+    quick(tiny_nf4, pairs_file, out, **FLAGS)
+    said = capsys.readouterr().out
+    assert f"{out} holds this run unfinished" in said
+    assert f"going on from {left[-1]}" in said if left else "starting from the beginning" in said
+    assert not differences(digests(whole), digests(out))
+    assert (out / "report.md").is_file()
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over(
+    file: str, out: Path, tiny_nf4: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for checkpoint, keep in (("checkpoint-7", 0.5), ("checkpoint-6", 0.0)):
+        content = (out / checkpoint / file).read_bytes()
+        (out / checkpoint / file).write_bytes(content[: int(keep * len(content))])
+    (out / "checkpoint-4" / file).unlink()
+    quick(tiny_nf4, pairs_file, out, **FLAGS)
+    said = capsys.readouterr().out
+    assert [f"checkpoint-{step} is not whole" in said for step in (7, 6, 4, 2)] == [True, True, True, False]
+    assert "going on from checkpoint-2" in said
+
+
+def test_what_is_not_this_run_is_refused(whole: Path, out: Path, tiny_nf4: Path, pairs_file: Path) -> None:
+    with pytest.raises(ConfigError, match="holds an earlier run, finished with these settings; choose another"):
+        quick(tiny_nf4, pairs_file, whole, **FLAGS)
+    (out / "checkpoint-7" / "optimizer.pt").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match=r"checkpoint-7 is damaged or cut short .*resume from an earlier one"):
+        quick(tiny_nf4, pairs_file, out, **FLAGS, resume_from_checkpoint="last")
+    with pytest.raises(ConfigError, match=r"with other settings \(learning_rate 0\.005 there, 0\.1 here\)"):
+        quick(tiny_nf4, pairs_file, out, **FLAGS, learning_rate=0.1)
+    (out / "qdora_train.json").unlink()
+    with pytest.raises(ConfigError, match="holds an earlier run; go on with --resume_from_checkpoint last"):
+        quick(tiny_nf4, pairs_file, out, **FLAGS)
+
+
+def test_overwriting_begins_anew_once(
+    whole: Path, out: Path, tiny_nf4: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick(tiny_nf4, pairs_file, out, **FLAGS, overwrite_output_dir=True)
+    assert "going on" not in capsys.readouterr().out
+    assert not differences(digests(whole), {**digests(out), "qdora_train.json": digests(whole)["qdora_train.json"]})
+    record = json.loads((out / "qdora_train.json").read_text())
+    (out / "qdora_train.json").write_text(json.dumps({**record, "finished": False}))
+    quick(tiny_nf4, pairs_file, out, **FLAGS, overwrite_output_dir=True)
+    assert "going on from checkpoint-7" in capsys.readouterr().out
+
+
+def test_a_course_that_is_left_is_set_aside(out: Path, tiny_nf4: Path, pairs_file: Path) -> None:
+    flags = {**FLAGS, "learning_rate": 0.1, "resume_from_checkpoint": str(out / "checkpoint-4"), "max_steps": 5}
+    quick(tiny_nf4, pairs_file, out, **flags)
+    names = sorted(path.name for path in out.glob("*checkpoint-*"))
+    assert [name.rpartition("-")[0] if name.startswith("earlier") else name for name in names] == [
+        *(f"checkpoint-{step}" for step in (2, 4, 5)),
+        *(f"earlier-checkpoint-{step}" for step in (6, 7)),
+    ]
+
+
+def test_the_newest_and_the_best_are_kept(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    flags = {
+        "eval_dataset": str(pairs_file),
+        "eval_steps": 1,
+        "save_total_limit": 1,
+        "max_steps": 5,
+        "greater_is_better": True,  # so that the first is the best
+    }
+    report = quick(tiny_nf4, pairs_file, tmp_path, **flags)
+    assert report.best_step == 1
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-5"}
+    state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]) == tmp_path / "checkpoint-1"
+
+
+def test_early_stopping_is_as_patient_as_it_was(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    flags = {"validation_split_percentage": 25, "early_stopping_patience": 3, "eval_steps": 1, "max_steps": 20}
+    flags |= {"learning_rate": 0.3, "max_grad_norm": 0}
+    report = quick(tiny_nf4, pairs_file, tmp_path / "whole", **flags)
+    assert 4 < report.steps < 20
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", out)
+    shutil.rmtree(out / f"checkpoint-{report.steps}")
+    record = json.loads((out / "qdora_train.json").read_text())
+    (out / "qdora_train.json").write_text(json.dumps({**record, "finished": False}))
+    again = quick(tiny_nf4, pairs_file, out, **flags)
+    assert (again.steps, again.best_step, again.eval_loss) == (report.steps, report.best_step, report.eval_loss)
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(cases: dict[str, Case], launcher: Launcher, tmp_path: Path) -> None:
+    case, box = cases["train"], tmp_path / "box"
+    if not case.expected:
+        measure(case, launcher, tmp_path / "whole")
+    box.mkdir()
+    launcher.start(case.arguments, box, kill_at=case.changes // 2)
+    assert launcher.wait() == -9
+    (checkpoint,) = (box / "out").glob("checkpoint-*")
+    before = digests(checkpoint)
+    launcher.start(case.arguments, box, largest_file=20_000)
+    assert launcher.wait() == 2
+    line = (box / "log").read_text().splitlines()[-1]
+    assert line.startswith("qdora: cannot write out/checkpoint-")
+    assert line.endswith("make room, and the same command goes on from the newest checkpoint that is there")
+    assert digests(checkpoint) == before
+    assert [path.name for path in (box / "out").glob("checkpoint-*")] == [checkpoint.name]
+    launcher.start(case.arguments, box)
+    assert launcher.wait() == 0
+    assert not differences(case.expected, digests(box / "out"))
