@@ -564,3 +564,15 @@ def test_the_output_is_kept_for_the_magnitude_s_gradient_only() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.shape), t)[1], lambda t: t):
             layer(torch.randn(10, 128))
         assert (torch.Size((10, 96)) in kept) == trained
+
+
+@pytest.mark.parametrize(("adapter", "tokens"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_an_adapter_of_another_dtype_than_its_input(adapter: torch.dtype, tokens: torch.dtype) -> None:
+    layer = make_layer("nf4", dtype=adapter)
+    x, g = torch.randn(33, 128).to(tokens), torch.randn(33, 96).to(tokens)
+    ours, truth = ours_of(layer, x, g), truth_of(layer, x, g)
+    assert (ours["y"].dtype, ours["x"].dtype, ours["A"].dtype) == (tokens, tokens, adapter)
+    for name, value in truth.items():
+        assert relative_error(ours[name], value) <= BUDGET[torch.bfloat16], name
+    thinned = ours_of(make_layer("nf4", dtype=adapter, dropout=0.5), x, g)
+    assert all(torch.isfinite(value).all() for value in thinned.values())
