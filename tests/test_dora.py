@@ -576,3 +576,13 @@ def test_an_adapter_of_another_dtype_than_its_input(adapter: torch.dtype, tokens
         assert relative_error(ours[name], value) <= BUDGET[torch.bfloat16], name
     thinned = ours_of(make_layer("nf4", dtype=adapter, dropout=0.5), x, g)
     assert all(torch.isfinite(value).all() for value in thinned.values())
+
+
+def test_any_number_of_leading_dimensions() -> None:
+    layer = make_layer("nf4", bias=True)
+    x = torch.randn(2, 3, 4, 128)
+    flat = layer(x.reshape(24, 128))
+    for module in (layer, FrozenLinear(layer.base, layer.bias)):
+        assert module(x).shape == (2, 3, 4, 96)
+        assert module(x[0, 0, 0]).shape == (96,)
+    assert torch.equal(layer(x).reshape(24, 96), flat)
