@@ -586,3 +586,17 @@ def test_any_number_of_leading_dimensions() -> None:
         assert module(x).shape == (2, 3, 4, 96)
         assert module(x[0, 0, 0]).shape == (96,)
     assert torch.equal(layer(x).reshape(24, 96), flat)
+
+
+def test_what_a_layer_is_unless_told_otherwise() -> None:
+    base = make_layer("nf4").base
+    layer = DoRALinear(base, 8, 2.0)
+    assert {parameter.dtype for parameter in layer.parameters() if parameter.requires_grad} == {torch.bfloat16}
+    assert layer.use_dora
+    assert layer.bias is None
+    assert layer.dropout.p == 0
+    assert "rank=8, scaling=2, use_dora=True" in repr(layer)
+    in_fp32 = DoRALinear(base, 8, 2.0, bias=torch.ones(96), dtype=torch.float32)
+    assert {parameter.dtype for parameter in in_fp32.parameters() if parameter.requires_grad} == {torch.float32}
+    x = torch.randn(3, 128)
+    assert torch.equal(in_fp32(x), FrozenLinear(base)(x) + 1)
