@@ -164,8 +164,8 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, None]:
-        return (ctx.base.linear_transposed(g_TO) if ctx.needs_input_grad[0] else None), None
+    def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor, None]:
+        return ctx.base.linear_transposed(g_TO), None
 
 
 class DoRALinear(nn.Module):

@@ -564,3 +564,39 @@ def test_the_output_is_kept_for_the_magnitude_s_gradient_only() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.shape), t)[1], lambda t: t):
             layer(torch.randn(10, 128))
         assert (torch.Size((10, 96)) in kept) == trained
+
+
+@pytest.mark.parametrize(("adapter", "tokens"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_an_adapter_of_another_dtype_than_its_input(adapter: torch.dtype, tokens: torch.dtype) -> None:
+    layer = make_layer("nf4", dtype=adapter)
+    x, g = torch.randn(33, 128).to(tokens), torch.randn(33, 96).to(tokens)
+    ours, truth = ours_of(layer, x, g), truth_of(layer, x, g)
+    assert (ours["y"].dtype, ours["x"].dtype, ours["A"].dtype) == (tokens, tokens, adapter)
+    for name, value in truth.items():
+        assert relative_error(ours[name], value) <= BUDGET[torch.bfloat16], name
+    thinned = ours_of(make_layer("nf4", dtype=adapter, dropout=0.5), x, g)
+    assert all(torch.isfinite(value).all() for value in thinned.values())
+
+
+def test_any_number_of_leading_dimensions() -> None:
+    layer = make_layer("nf4", bias=True)
+    x = torch.randn(2, 3, 4, 128)
+    flat = layer(x.reshape(24, 128))
+    for module in (layer, FrozenLinear(layer.base, layer.bias)):
+        assert module(x).shape == (2, 3, 4, 96)
+        assert module(x[0, 0, 0]).shape == (96,)
+    assert torch.equal(layer(x).reshape(24, 96), flat)
+
+
+def test_what_a_layer_is_unless_told_otherwise() -> None:
+    base = make_layer("nf4").base
+    layer = DoRALinear(base, 8, 2.0)
+    assert {parameter.dtype for parameter in layer.parameters() if parameter.requires_grad} == {torch.bfloat16}
+    assert layer.use_dora
+    assert layer.bias is None
+    assert layer.dropout.p == 0
+    assert "rank=8, scaling=2, use_dora=True" in repr(layer)
+    in_fp32 = DoRALinear(base, 8, 2.0, bias=torch.ones(96), dtype=torch.float32)
+    assert {parameter.dtype for parameter in in_fp32.parameters() if parameter.requires_grad} == {torch.float32}
+    x = torch.randn(3, 128)
+    assert torch.equal(in_fp32(x), FrozenLinear(base)(x) + 1)

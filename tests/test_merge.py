@@ -16,6 +16,7 @@ from qdora import AdapterConfig, CheckpointError, ConfigError, NumericsError
 from qdora.checkpoint import read_adapter
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
+from qdora.verbs.merge import _finite
 from qdora.verify import compare
 from tests.conftest import disturb, make_model, make_tokenizer
 from tests.reference import dora as reference
@@ -216,3 +217,109 @@ def test_dtype_and_places(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) ->
     for out in (tiny_nf4, tiny_adapter):
         with pytest.raises(ConfigError, match="is or holds the input"):
             qdora.merge(tiny_nf4, tiny_adapter, out, overwrite=True)
+
+
+def test_what_is_not_adapted_stays_as_it_was(tiny_nf4: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, target_modules=("up_proj",)))
+    disturb(model)
+    qdora.save_adapter(model, tmp_path / "adapter")
+    report = qdora.merge(tiny_nf4, tmp_path / "adapter", tmp_path / "out", verify=False)
+    assert (report.merged_linears, report.dtype, report.out) == (2, "float16", tmp_path / "out")
+    assert report.not_compared == "not asked for"
+    merged, base = ShardReader(tmp_path / "out"), ShardReader(tiny_nf4)
+    assert report.bytes_written == sum(merged.nbytes(key) for key in merged)
+    for path in linear_paths(model):
+        if not path.endswith("up_proj"):
+            expected = model.get_submodule(path).base.dequantize().half()
+            assert torch.equal(merged.get(f"{path}.weight"), expected)
+    assert torch.equal(merged.get("model.norm.weight"), base.get("model.norm.weight").half())
+    record = json.loads((tmp_path / "out" / "qdora_merge.json").read_text())
+    assert record["base_model"] == str(tiny_nf4)
+    assert record["adapter"] == str(tmp_path / "adapter")
+    assert record["verified"] is None
+
+
+def test_the_config_says_one_dtype_and_no_quantization(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    base = tmp_path / "nf4"
+    shutil.copytree(tiny_nf4, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32", "author": "José"}))
+    qdora.merge(base, tiny_adapter, tmp_path / "out", verify=False)
+    ours = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ours.keys() == {*config, "author"} - {"quantization_config"}
+    assert (ours["dtype"], ours["author"]) == ("float16", "José")
+
+
+def test_an_output_that_holds_something_is_kept_unless_told(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    qdora.merge(tiny_nf4, tiny_adapter, out, verify=False)
+    (out / "mine.txt").write_text("kept")
+    with pytest.raises(ConfigError, match="is not empty"):
+        qdora.merge(tiny_nf4, tiny_adapter, out, verify=False)
+    assert (out / "mine.txt").read_text() == "kept"
+    qdora.merge(tiny_nf4, tiny_adapter, out, verify=False, overwrite=True)
+    assert not (out / "mine.txt").exists()
+
+
+def test_a_model_too_large_to_compare_is_merged_and_said(
+    tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["qdora.verbs.merge"]
+    monkeypatch.setattr(module, "fits_in_memory", lambda reader, linears: False)
+    report = qdora.merge(tiny_nf4, tiny_adapter, tmp_path / "out")
+    assert report.comparison is None
+    assert report.not_compared == "the model does not fit in memory in fp32; --verify insists"
+    insisted = qdora.merge(tiny_nf4, tiny_adapter, tmp_path / "insisted", verify=True)
+    assert insisted.comparison is not None
+    assert insisted.not_compared == ""
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_trust_reaches_whatever_loads(
+    trust: bool, tiny: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, told = sys.modules["qdora.verbs.merge"], []
+
+    def listen(name: str) -> None:
+        original = getattr(module, name)
+
+        def heard(*args: object, **named: object) -> object:
+            told.append((name, named.get("trust_remote_code", args[-1])))
+            return original(*args, **named)
+
+        monkeypatch.setattr(module, name, heard)
+
+    names = ("is_nf4_checkpoint", "StoredBase", "load_tokenizer", "compare")
+    for name in names:
+        listen(name)
+    qdora.merge(tiny, tiny_adapter, tmp_path / "out", **({"trust_remote_code": True} if trust else {}))
+    assert told == [(name, trust) for name in names]
+
+
+def test_what_a_value_that_is_not_finite_is_blamed_on() -> None:
+    ids = torch.arange(3)
+    assert _finite("ids", ids, torch.float16) is ids
+    assert torch.equal(_finite("w", torch.tensor([65504.0]), torch.float16), torch.tensor([65504.0]).half())
+    with pytest.raises(NumericsError, match=r"^w is not finite in float16 \(its largest value is 1e\+05\); merge with"):
+        _finite("w", torch.tensor([-1e5, 2.0]), torch.float16)
+    for value, dtype in [(float("inf"), torch.float16), (float("nan"), torch.float16), (3.4e38, torch.bfloat16)]:
+        with pytest.raises(NumericsError, match=r"^w holds values that are not finite; the base or the adapter "):
+            _finite("w", torch.tensor([1.0, value]), dtype)
+
+
+def test_the_messages_name_the_places(tiny: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    qdora.quantize(tiny, tmp_path / "custom", double_quant=False)
+    model = qdora.load_model(tmp_path / "custom", adapter=AdapterConfig(rank=4))
+    qdora.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=f"and {tiny} is 16-bit; .*, or pass --onto_original$"):
+        qdora.merge(tiny, tmp_path / "adapter", tmp_path / "out")
+    disturb(model)
+    qdora.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(NumericsError, match=f"; {tmp_path / 'out'} was not written"):
+        merge_wrongly(tmp_path / "custom", tmp_path / "adapter", tmp_path / "out")
+
+
+def merge_wrongly(base: Path, adapter: Path, out: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["qdora.verbs.merge"], "merge_rows", lambda W, A, B, m, scaling: W)
+        qdora.merge(base, adapter, out)
