@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdora.card import write_card
 from qdora.config import ALL_LINEAR
 from qdora.corpus import Corpus
 from qdora.curves import plot_loss
@@ -78,6 +79,7 @@ def leave_notes(
         seconds=seconds,
     )
     write_report(facts, out / REPORT_FILE)
+    write_card(facts, out)
 
 
 def _group(group: dict[str, Any]) -> Group:

@@ -27,6 +27,7 @@ from qdora.distributed import is_main, processes, say
 from qdora.errors import ConfigError, NumericsError, QDoRAError, reason
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
+from qdora.hub import take_destination
 from qdora.model import load_model, trainable_parameters
 from qdora.notes import Intention, leave_notes
 from qdora.optimizer import CompensatedAdamW
@@ -115,6 +116,7 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     need = _plan(run, training) if run.memory is not None or run.dry_run else None
     if run.dry_run:
         return None
+    destination = take_destination(training)
     tokenizer = load_tokenizer(run.model_name_or_path, training.trust_remote_code)
     use_chat_template(tokenizer, training)
     corpus = load_corpus(run, training, tokenizer)
@@ -140,6 +142,8 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     report = _finish(trainer, run, corpus, output_dir)
     if is_main():
         leave_notes(trainer, run, meant, corpus, report.best_step, time.perf_counter() - started)
+    if destination is not None:
+        say(f"uploaded to {destination.publish(output_dir)}")
     return report
 
 
