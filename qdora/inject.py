@@ -153,7 +153,7 @@ def adapt(model: nn.Module, path: str, config: AdapterConfig) -> None:
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within it the model computes as its base does, without its adapters."""
-    layers = [*adapted_linears(model).values(), *trained_whole(model).values()]
+    layers: list[Any] = [*adapted_linears(model).values(), *trained_whole(model).values()]
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdora.card import write_card
 from qdora.config import ALL_LINEAR
 from qdora.corpus import Corpus
 from qdora.curves import plot_loss
@@ -88,6 +89,7 @@ def leave_notes(
         remarks=remarks,
     )
     write_report(facts, out / REPORT_FILE)
+    write_card(facts, out)
 
 
 def _group(group: dict[str, Any]) -> Group:

@@ -108,7 +108,9 @@ def _check_plain(path: str, module: nn.Module) -> None:
 
 def _tied_pair(model: Any) -> tuple[str, str] | tuple[()]:
     """The paths of input embedding and head, if they are one weight."""
-    ends = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    ends: list[Any] = [
+        getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")
+    ]
     if None in ends or ends[0].weight is not ends[1].weight:
         return ()
     embedding, head = (next(path for path, module in model.named_modules() if module is end) for end in ends)

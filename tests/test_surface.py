@@ -19,9 +19,9 @@ LAYERS = [
     {"answers", "planner", "baseweights", "drawing", "tokenizer"},
     {"arguments", "memory", "model", "analysis", "generation"},
     {"saving"},
-    {"checkpoint", "sources", "loader"},
+    {"checkpoint", "sources", "loader", "hub"},
     {"reference", "stream", "offload", "simulate", "sharding"},
-    {"inject", "choices", "dropin"},
+    {"inject", "choices", "dropin", "card"},
     {"experts", "peftlayer"},
     {
         *{"data", "dora", "whole", "kinship", "measure", "movement", "numerics", "packing", "progress", "report"},

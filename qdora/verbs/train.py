@@ -32,6 +32,7 @@ from qdora.errors import CheckpointError, ConfigError, NumericsError, QDoRAError
 from qdora.exhausted import Headroom, memory_explained
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
+from qdora.hub import take_destination
 from qdora.lock import locked
 from qdora.model import load_model, trainable_parameters
 from qdora.movement import MovementWatch
@@ -127,6 +128,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     need = _plan(run, training) if run.memory is not None or run.dry_run else None
     if run.dry_run:
         return None
+    destination = take_destination(training)
     tokenizer = load_tokenizer(run.model_name_or_path, training.trust_remote_code)
     use_chat_template(tokenizer, training)
     corpus = load_corpus(run, training, tokenizer)
@@ -151,6 +153,8 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
         with writing(output_dir):
             leave_notes(trainer, run, meant, corpus, report.best_step, report.remarks, time.perf_counter() - started)
             finish_record(beginning, output_dir)
+    if destination is not None:
+        say(f"uploaded to {destination.publish(output_dir)}")
     return report
 
 
