@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first mutant")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which a mutant hangs")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
     parser.add_argument("--kind", help="show what came of each mutant of this kind")
     parser.add_argument("--results", type=Path, default=None)
     arguments = parser.parse_args()
@@ -45,9 +46,13 @@ def main() -> int:
                 print(f"{result.number} {result.kind}, {result.how}: {result.outcome}\n{result.said}", flush=True)
             elif result.kind == arguments.kind:
                 print(f"{result.number} {result.how}: {result.outcome} {result.said}", flush=True)
+            if time.perf_counter() - started > 60 * arguments.minutes:
+                break
     seconds = time.perf_counter() - started
     print(table(counts))
-    print(f"{len(numbers):,} mutants in {seconds:.0f} s, {len(bad)} ended otherwise than they should")
+    print(
+        f"{sum(map(Counter.total, counts.values())):,} mutants in {seconds:.0f} s, {len(bad)} ended otherwise than they should"
+    )
     if arguments.results is not None:
         write_result(arguments.results, figures(arguments, counts, bad, seconds))
     return 1 if bad else 0
@@ -55,7 +60,7 @@ def main() -> int:
 
 def figures(arguments: Any, counts: dict[str, Counter[str]], bad: list[Result], seconds: float) -> dict[str, Any]:
     return {
-        "mutants": arguments.mutants,
+        "mutants": sum(map(Counter.total, counts.values())),
         "seed": arguments.seed,
         "seconds": round(seconds),
         "outcomes": dict(sum(counts.values(), Counter())),

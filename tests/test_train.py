@@ -206,17 +206,13 @@ def test_nothing_is_written_when_the_input_is_wrong(tiny_nf4: Path, pairs_file: 
 
 
 def test_a_stranger_s_checkpoint_runs_no_code(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
-    canary = tmp_path / "canary"
     quick(tiny_nf4, pairs_file, tmp_path / "run", max_steps=2, save_steps=1)
-    checkpoint = tmp_path / "run" / "checkpoint-1"
-    for name in ("optimizer.pt", "training_args.bin"):
-        sound = (checkpoint / name).read_bytes()
+    checkpoint, canary = tmp_path / "run" / "checkpoint-1", tmp_path / "canary"
+    resumed = {"max_steps": 2, "resume_from_checkpoint": str(checkpoint)}
+    for name in ("training_args.bin", "adapter_model.bin", "pytorch_model.bin"):
         torch.save({"state": Payload(canary)}, checkpoint / name)
-        resumed = {"max_steps": 2, "resume_from_checkpoint": str(checkpoint)}
-        if name == "optimizer.pt":
-            with pytest.raises(CheckpointError, match="might run code"):
-                quick(tiny_nf4, pairs_file, tmp_path / name, **resumed)
-        else:
-            quick(tiny_nf4, pairs_file, tmp_path / name, **resumed)  # nobody reads it
-        (checkpoint / name).write_bytes(sound)
+    quick(tiny_nf4, pairs_file, tmp_path / "ignored", **resumed)
+    torch.save({"state": Payload(canary)}, checkpoint / "optimizer.pt")
+    with pytest.raises(CheckpointError, match="might run code"):
+        quick(tiny_nf4, pairs_file, tmp_path / "refused", **resumed)
     assert not canary.exists()
