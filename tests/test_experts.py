@@ -134,7 +134,10 @@ def test_it_is_the_function_that_transformers_computes() -> None:
     expand_experts(ours)
     chosen, weights = routing()
     x = torch.randn(TOKENS, HIDDEN)
-    assert relative_error(ours.experts(x, chosen, weights).detach(), theirs.experts(x, chosen, weights).detach().double()) < 1e-6
+    assert (
+        relative_error(ours.experts(x, chosen, weights).detach(), theirs.experts(x, chosen, weights).detach().double())
+        < 1e-6
+    )
 
 
 def test_dense_experts_are_windows() -> None:
