@@ -29,7 +29,7 @@ Shape suffixes: T tokens, S = T·k choices (k experts a token), H hidden size, I
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -167,7 +167,7 @@ def expand_experts(model: nn.Module) -> None:
     for path, experts in hollow_experts(model).items():
 
         def weight_of(
-            number: int, name: str, experts: RoutedExperts = experts, of: Sequence[Tensor] = stacks[path]
+            number: int, name: str, experts: RoutedExperts = experts, of: tuple[Tensor, Tensor] = stacks[path]
         ) -> BaseWeight:
             return DenseWeight(experts.cut(*of, number, name))
 

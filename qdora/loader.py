@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,15 @@ from qdora.experts import STACKS, RoutedExperts, hollow_experts, router_paths
 from qdora.nf4 import NF4Weight, quantize_nf4, states_by_weight
 from qdora.shards import ShardReader
 
-__all__ = ["KeyNames", "NF4Config", "fill_experts", "key_names"]
+__all__ = [
+    "KeyNames",
+    "NF4Config",
+    "check_complete",
+    "fill_experts",
+    "key_names",
+    "nf4_config",
+    "take_off_marks",
+]
 
 _METHOD = "qdora_nf4"
 _DECIDED = {"quant_method", "load_in_4bit", "load_in_8bit"}
@@ -51,6 +60,11 @@ class NF4Config(BitsAndBytesConfig):
         self.quant_method = _METHOD
 
     @classmethod
+    def on_the_fly(cls, dtype: torch.dtype) -> NF4Config:
+        """For a 16-bit model, quantized as it loads."""
+        return cls(**nf4_config(dtype).to_dict())
+
+    @classmethod
     def of_checkpoint(cls, found: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint's `quantization_config`, so put that transformers asks for the method by its name."""
         return {**{name: value for name, value in found.items() if "load_in" not in name}, "quant_method": _METHOD}
@@ -66,6 +80,47 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
         if routers and not self.pre_quantized:
             self.quantization_config.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *routers]
         super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
+
+
+def nf4_config(
+    dtype: torch.dtype, double_quant: bool = True, skip_modules: tuple[str, ...] | None = None
+) -> BitsAndBytesConfig:
+    """transformers' description of our NF4 format."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=None if skip_modules is None else list(skip_modules),
+    )
+
+
+def check_complete(found: dict[str, Any], path: str | Path) -> None:
+    """What is not in the checkpoint would have random values, and transformers only warns of it.
+
+    Args:
+        found: transformers' loading info.
+
+    Raises:
+        CheckpointError: weights are missing, or of other shapes.
+    """
+    missing, mismatched = sorted(map(str, found["missing_keys"])), sorted(map(str, found["mismatched_keys"]))
+    if missing or mismatched:
+        what = f"{len(missing)} weights are missing" if missing else f"{len(mismatched)} weights have another shape"
+        raise CheckpointError(
+            f"{path} does not hold the model of its config.json: {what}, first {(missing or mismatched)[0]}; "
+            "download or write it again"
+        )
+
+
+def take_off_marks(model: Any) -> None:
+    """transformers' of a model in 4 bits, which are not true of one with our linears, in place."""
+    for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Loading models: the only file that knows how transformers does it.
 
-What comes out is an ordinary transformers model whose 4-bit linears are ours. transformers marks a model that it loaded
-in 4 bits, and its trainers refuse one that is marked "purely quantized" by looking at those marks, not at what can be
-trained; since the linears are ours, the marks would be untrue, and they are taken off.
+What comes out is an ordinary transformers model whose 4-bit linears and experts are ours. transformers marks a model
+that it loaded in 4 bits, and its trainers refuse one that is marked "purely quantized" by looking at those marks, not at
+what can be trained; since the linears are ours, the marks would be untrue, and they are taken off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -34,7 +33,7 @@ from qdora.errors import CheckpointError, ConfigError, out_of_memory, reason, sh
 from qdora.experts import expand_experts, router_paths, stacks_left
 from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
 from qdora.kinship import origin_of
-from qdora.loader import KeyNames, NF4Config, fill_experts, key_names
+from qdora.loader import KeyNames, NF4Config, check_complete, fill_experts, key_names, take_off_marks
 from qdora.nf4 import NF4Weight
 from qdora.offload import keep_embedding_on_host
 from qdora.patterns import is_tame
@@ -52,7 +51,6 @@ __all__ = [
     "load_model",
     "model_facts",
     "model_linears",
-    "nf4_config",
     "pick_device",
     "usual_dtype",
 ]
@@ -117,9 +115,7 @@ def load_model(
                 source,
                 config=config,
                 dtype=compute_dtype(dtype),
-                quantization_config=NF4Config(**nf4_config(compute_dtype(dtype)).to_dict())
-                if not packed and in_nf4
-                else None,
+                quantization_config=None if packed or not load_in_4bit else NF4Config.on_the_fly(compute_dtype(dtype)),
                 device_map={"": loading_place},
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
@@ -130,9 +126,9 @@ def load_model(
                 raise
             # a config that contradicts its weights ends in almost any kind of error
             raise CheckpointError(f"{path} cannot be loaded: {reason(error)}") from None
-    _check_complete(found, path)
+    check_complete(found, path)
     freeze_packed(model, compute_dtype(dtype))
-    _take_off_marks(model)
+    take_off_marks(model)
     save_as_adapter(model)
     _cast_parameters(model, compute_dtype(dtype))
     if in_nf4:
@@ -212,7 +208,7 @@ class Linears:
 
     def quantizes(self, path: str) -> bool:
         """Whether this linear becomes NF4."""
-        return should_convert_module(path, list(self.skipped))
+        return _becomes_nf4(path, list(self.skipped))
 
 
 def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_remote_code: bool = False) -> Linears:
@@ -260,11 +256,18 @@ def hollow_model(
         skipped = list(how.get("llm_int8_skip_modules") or ())
         with torch.device("meta"):
             for name in linear_paths(model):
-                if should_convert_module(name, skipped):
+                if _becomes_nf4(name, skipped):
                     _make_hollow(model, name, bool(how.get("bnb_4bit_use_double_quant", True)))
     with torch.device("meta"):
         attach(model, adapter)
     return model
+
+
+def _becomes_nf4(path: str, skipped: list[str]) -> bool:
+    # "experts" is the name of a module that is gone, and means what was in it
+    before, experts, _ = path.partition(".experts.")
+    places = [path, f"{before}.experts"] if experts else [path]
+    return all(should_convert_module(place, skipped) for place in places)
 
 
 def _make_hollow(model: nn.Module, path: str, double_quant: bool) -> None:
@@ -293,19 +296,6 @@ def _check_skip(name: str, model: PreTrainedModel) -> None:
             raise ConfigError(f"skip_modules names {name!r}, which matches no module of the model")
     except re.error as error:
         raise ConfigError(f"skip_modules: {name!r} is neither a name nor a regular expression ({error})") from None
-
-
-def nf4_config(
-    dtype: torch.dtype, double_quant: bool = True, skip_modules: tuple[str, ...] | None = None
-) -> BitsAndBytesConfig:
-    """transformers' description of our NF4 format."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=None if skip_modules is None else list(skip_modules),
-    )
 
 
 def is_nf4_checkpoint(directory: Path, trust_remote_code: bool = False) -> bool:
@@ -398,26 +388,6 @@ def _check_alone(directory: Path) -> None:
         raise CheckpointError(
             f"{directory} holds an adapter (adapter_config.json) beside the model; move one to another directory"
         )
-
-
-def _check_complete(found: dict[str, Any], path: str | Path) -> None:
-    """What is not in the checkpoint would have random values, and transformers only warns of it."""
-    missing, mismatched = sorted(map(str, found["missing_keys"])), sorted(map(str, found["mismatched_keys"]))
-    if missing or mismatched:
-        what = f"{len(missing)} weights are missing" if missing else f"{len(mismatched)} weights have another shape"
-        raise CheckpointError(
-            f"{path} does not hold the model of its config.json: {what}, first {(missing or mismatched)[0]}; "
-            "download or write it again"
-        )
-
-
-def _take_off_marks(model: PreTrainedModel) -> None:
-    for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method"):
-        if name in vars(model):
-            delattr(model, name)
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:

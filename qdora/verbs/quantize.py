@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from qdora.errors import CheckpointError
 from qdora.kinship import QUANTIZE_RECORD
-from qdora.model import Linears, compute_dtype, is_nf4_checkpoint, model_linears, nf4_config, pick_device
+from qdora.loader import nf4_config
+from qdora.model import Linears, compute_dtype, is_nf4_checkpoint, model_linears, pick_device
 from qdora.nf4 import NF4Weight, quantize_nf4
 from qdora.output import check_output, new_directory, scratch_beside, write_json
 from qdora.shards import ShardReader, ShardWriter, fingerprint, format_bytes, parse_size
