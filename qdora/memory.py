@@ -24,6 +24,7 @@ from qdora.optimizer import CompensatedAdamW
 from qdora.shards import format_bytes
 from qdora.simulate import Batch, Segment, StepTrace, cut, head_is_plain, simulate_loss, simulate_step, simulate_update
 from qdora.stream import layer_bytes
+from qdora.whole import TrainedWhole
 from qdora.workspace import Workspace
 
 __all__ = ["MemoryModel", "Need", "Plan", "Run"]
@@ -245,14 +246,14 @@ class MemoryModel:
 
     @property
     def can_spare_embedding(self) -> bool:
-        """Whether the input embedding may stay on the host: not if the head is the same weight."""
+        """Whether the input embedding may stay on the host: not if the head is the same weight, or it is trained."""
         return self._embedding_bytes > 0
 
     @cached_property
     def _embedding_bytes(self) -> int:
         embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         tied = head is not None and head.weight is embedding.weight
-        return 0 if tied else _bytes_of(embedding)
+        return 0 if tied or isinstance(embedding, TrainedWhole) else _bytes_of(embedding)
 
     @cached_property
     def _streamed(self) -> list[int]:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,22 @@ def test_any_trainer_saves_the_adapter(tiny_nf4: Path, tmp_path: Path) -> None:
     for place in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
         assert not list(place.glob("model*.safetensors"))
         assert torch.equal(qdora.load_model(tiny_nf4, adapter=place)(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_what_a_stock_trainer_cannot_load_it_does_not_pass_over(tiny_nf4: Path, tmp_path: Path) -> None:
+    """It knows adapters of a `PeftModel` only; going on in silence with fresh adapters would be worse."""
+
+    def trainer(**more: Any) -> Trainer:
+        model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4))
+        settings = TrainingArguments(tmp_path, save_steps=1, report_to="none", use_cpu=True, **more)
+        rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
+        return Trainer(model, settings, train_dataset=rows, eval_dataset=rows)
+
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    with pytest.raises((ValueError, OSError)):
+        trainer(max_steps=1, **best).train()
+    with pytest.raises((ValueError, OSError)):
+        trainer(max_steps=2).train(resume_from_checkpoint=True)
 
 
 def test_what_it_cannot_do_is_said(tiny_nf4: Path, tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import qdora
 from qdora.optimizer import CompensatedAdamW
+from qdora.peftlayer import EngineLinear4bit
 from tests.conftest import disturb
 
 COMMON = {
@@ -156,3 +158,24 @@ def same_as_base(out: Any, named: dict[str, Any], base: Path) -> None:
         logits = qdora.load_model(base)(named["input_ids"], attention_mask=named["attention_mask"]).logits
     expected = logits[:, :-1].float().log_softmax(-1).gather(-1, named["input_ids"][:, 1:, None])[..., 0]
     assert torch.allclose(scores(out, named), expected[named["labels"][:, 1:] != -100], atol=0.02)
+
+
+def test_dpo_by_peft_on_our_engine(base: Path, tmp_path: Path) -> None:
+    """TRL knows a `PeftModel`'s reference itself: a fresh adapter is as good as the base, to both."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).train()
+    config = LoraConfig(r=8, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = [{"prompt": q, "chosen": f" It is {2 * i}.", "rejected": " No idea."} for i, q in enumerate(QUESTIONS)]
+    trainer = DPOTrainer(
+        model,
+        args=DPOConfig(str(tmp_path), max_steps=2, max_length=64, **COMMON),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=qdora.load_tokenizer(base),
+        peft_config=qdora.use_in_peft(config),
+    )
+    engines = [module for module in trainer.model.modules() if isinstance(module, EngineLinear4bit)]
+    assert len(engines) == 7 * model.config.num_hidden_layers
+    before = trained_values(trainer.model)
+    trainer.train()
+    assert all_moved(before, trainer.model)
+    first = next(entry for entry in trainer.state.log_history if "rewards/chosen" in entry)
+    assert abs(first["rewards/chosen"]) < 0.02
