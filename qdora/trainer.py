@@ -148,7 +148,7 @@ class AdapterTrainer(SFTTrainer):
         self.guard.add(inputs, loss, num_items_in_batch)
         return loss
 
-    def _replay(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+    def _replay(self, inputs: Any, num_items_in_batch: Any) -> Any:
         with self.compute_loss_context_manager():
             return self.compute_loss(self.model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from qdora.baseweights import StoredBase
 from qdora.checkpoint import read_adapter
 from qdora.data import encode
 from qdora.model import is_nf4_checkpoint, model_linears
-from qdora.preflight import checkpoint_to_resume
+from qdora.resume import start
 from qdora.rows import read_rows
 from qdora.shards import ShardReader, fingerprint
 from tests.conftest import disturb, make_model
@@ -54,7 +53,12 @@ class Kind:
 def make_seeds(place: Path) -> None:
     """The sound inputs, tiny."""
     place.mkdir(parents=True, exist_ok=True)
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_key_value_heads": 2}
+    small: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 2,
+    }
     make_model(place / "one", **small)
     make_model(place / "shards", shard="60KB", **small)
     qdora.quantize(place / "one", place / "nf4")
@@ -174,16 +178,15 @@ def _damage_state(tensors: dict[str, torch.Tensor], key: str, rng: Random) -> Mu
         changed = mutant.content
     else:
         state, fatal = json.loads(content), True
-        field, values = rng.choice(
-            [
-                ("blocksize", [0, -64, 32, 63, 128, 2**40, 2**70, "64", None, 64.5, [64], True]),
-                ("shape", [[64, 63], [1, 2**40], [-64, -64], [0, 0], [64], [], None, "64", [64, 64, 1], [2**70, 1]]),
-                ("quant_type", ["fp4", "int8", "", None, 4]),
-                ("nested_blocksize", [0, -1, 64, 2**40, None] if "nested_blocksize" in state else [7]),
-                ("nested_offset", [float("nan"), float("inf"), 1e30, -5.0, "x", None]),
-                ("dtype", ["load", "nn", "", None, "int64", 3]),
-            ]
-        )
+        fields: list[tuple[str, list[Any]]] = [
+            ("blocksize", [0, -64, 32, 63, 128, 2**40, 2**70, "64", None, 64.5, [64], True]),
+            ("shape", [[64, 63], [1, 2**40], [-64, -64], [0, 0], [64], [], None, "64", [64, 64, 1], [2**70, 1]]),
+            ("quant_type", ["fp4", "int8", "", None, 4]),
+            ("nested_blocksize", [0, -1, 64, 2**40, None] if "nested_blocksize" in state else [7]),
+            ("nested_offset", [float("nan"), float("inf"), 1e30, -5.0, "x", None]),
+            ("dtype", ["load", "nn", "", None, "int64", 3]),
+        ]
+        field, values = rng.choice(fields)
         if field.startswith("nested") and "nested_blocksize" not in state:
             field, values = "blocksize", [32]
         state[field] = rng.choice(values)
@@ -527,8 +530,9 @@ def _resume(seeds: Path, scratch: Path, rng: Random, canary: Path) -> Case:
         mutant = _replaced(checkpoint / name, lambda _: Mutant(pickled(canary), "a pickle", fatal=True))
     else:
         mutant = _replaced(checkpoint / name, lambda content: mutate_bytes(content, rng))
-    training = SimpleNamespace(resume_from_checkpoint="last")
-    return Case(f"{name}: {mutant.how}", mutant.fatal, lambda: checkpoint_to_resume(training, scratch))
+    flags = ["--model_name_or_path", "base", "--dataset", "rows.jsonl", "--output_dir", str(scratch)]
+    run, training = parse_train([*flags, "--resume_from_checkpoint", "last"])
+    return Case(f"{name}: {mutant.how}", mutant.fatal, lambda: start(run, training, scratch))
 
 
 # --- what they share ---

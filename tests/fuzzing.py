@@ -145,7 +145,11 @@ def _work(seeds: Path, numbers: range, seed: int) -> None:
             scratch = Path(tempfile.mkdtemp(prefix="mutant-", dir=seeds))
             try:
                 case = KINDS[kind].prepare(seeds, scratch, rng, canary)
-                begun = {"number": number, "kind": kind, "how": case.how[:200].encode("ascii", "replace").decode()}
+                begun: dict[str, Any] = {
+                    "number": number,
+                    "kind": kind,
+                    "how": case.how[:200].encode("ascii", "replace").decode(),
+                }
                 print(json.dumps(begun), file=report)
                 outcome, said = _outcome(case, canary)
                 print(json.dumps(asdict(Result(**begun, outcome=outcome, said=said))), file=report)
