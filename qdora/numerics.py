@@ -32,7 +32,7 @@ __all__ = ["LIMIT_IN_A_ROW", "FiniteGuard", "Source", "check_weights", "find_sou
 
 LIMIT_IN_A_ROW = 5
 Batch = Mapping[str, Any]
-Replay = Callable[[Batch, Any], Tensor]
+Replay = Callable[[Any, Any], Tensor]
 """The loss of a micro-batch, given what the trainer counted for its step, as in training."""
 
 

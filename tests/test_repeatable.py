@@ -28,7 +28,7 @@ def start(model: Path, data: Path, out: Path, hash_seed: int, **flags: Any) -> s
 
 
 def ended(process: subprocess.Popen[str]) -> None:
-    _, error = process.communicate(timeout=180)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error[-3000:]
 
 
@@ -78,6 +78,6 @@ def test_full_determinism_is_settled_before_the_model(tiny_nf4: Path, pairs_file
     named = {"model_name_or_path": str(tiny_nf4), "dataset": str(pairs_file), "output_dir": str(tmp_path / "out")}
     command = [sys.executable, "-c", program, *flags_of({**FLAGS, **named, "max_steps": 1, "full_determinism": True})]
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert ":16:8 True" in done.stdout
