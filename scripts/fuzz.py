@@ -50,9 +50,8 @@ def main() -> int:
                 break
     seconds = time.perf_counter() - started
     print(table(counts))
-    print(
-        f"{sum(map(Counter.total, counts.values())):,} mutants in {seconds:.0f} s, {len(bad)} ended otherwise than they should"
-    )
+    total = sum(map(Counter.total, counts.values()))
+    print(f"{total:,} mutants in {seconds:.0f} s, {len(bad)} ended otherwise than they should")
     if arguments.results is not None:
         write_result(arguments.results, figures(arguments, counts, bad, seconds))
     return 1 if bad else 0
