@@ -35,7 +35,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SOUND = ("read", "refused")
-SECONDS, START_SECONDS = 20.0, 240.0
+SECONDS, START_SECONDS = 60.0, 240.0
 _GROWTH_BYTES, _ADDRESS_BYTES = 700 * 2**20, 4 * 2**30
 
 
