@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qdora
 from qdora.inject import attach
-from qdora.loss import answer_loss
 from qdora.loader import nf4_config
+from qdora.loss import answer_loss
 from qdora.nf4 import quantize_nf4
 from qdora.output import new_directory, write_json
 from qdora.shards import ShardWriter
