@@ -1,8 +1,8 @@
 """Loading models: the only file that knows how transformers does it.
 
 What comes out is an ordinary transformers model whose 4-bit linears and experts are ours. transformers marks a model
-that it loaded in 4 bits, and its trainers refuse one that is marked "purely quantized" by looking at those marks, not at
-what can be trained; since the linears are ours, the marks would be untrue, and they are taken off.
+that it loaded in 4 bits, and its trainers refuse one that is marked "purely quantized" by looking at those marks, not
+at what can be trained; since the linears are ours, the marks would be untrue, and they are taken off.
 """
 
 from __future__ import annotations

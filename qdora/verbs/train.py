@@ -210,6 +210,9 @@ def _build_trainer(
         callbacks.append(KeepInputsOnHost(training.device))
         training.activation_offloading = False  # TRL would offload whatever is saved
     settle_packing(training)
+    if getattr(training, "router_aux_loss_coef", 0.0) is None:
+        # Newer TRL balances a mixture's experts by default, for which all logits must be there; but routers are frozen.
+        training.router_aux_loss_coef = 0.0
     model.train()
 
     def dataset(encoded: EncodedData) -> Dataset:
