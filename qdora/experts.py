@@ -38,7 +38,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from qdora.base import BaseWeight
 from qdora.dense import DenseWeight
-from qdora.distributed import processes
 from qdora.dora import FrozenLinear
 
 __all__ = [
@@ -109,21 +108,22 @@ class RoutedExperts(nn.Module):
         token_S, weight_S = order_S // expert_Tk.shape[-1], weight_Tk.reshape(-1)[order_S]
         counts = self.count(choice_S, self.num_experts, expert_Tk.shape[-1])
         total_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
-        # Processes reduce the gradients of adapters together, so each must have some of every adapter.
-        runs_idle = processes() > 1 and torch.is_grad_enabled()
+        idle: list[Tensor] = []
         for number, (token_N, weight_N) in enumerate(zip(token_S.split(counts), weight_S.split(counts), strict=True)):
-            if len(token_N) or (runs_idle and self._trains(number)):
+            if len(token_N):
                 y_NH = self._expert(number, hidden_TH[token_N]) * weight_N[:, None]
                 total_TH.index_add_(0, token_N, y_NH.float())
+            else:
+                idle += [p for p in self.get_submodule(str(number)).parameters() if p.requires_grad]
+        if idle and torch.is_grad_enabled():
+            # A gradient of zero and no gradient are two things to optimizers, and to processes that sum them.
+            total_TH = total_TH + 0 * torch.stack([parameter.sum().float() for parameter in idle]).sum()
         return total_TH.to(hidden_TH.dtype)
 
     def _expert(self, number: int, x_NH: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(f"{number}.{name}") for name in self.names)
         y_NH: Tensor = down(self._join(torch.cat([gate(x_NH), up(x_NH)], dim=-1)))
         return y_NH
-
-    def _trains(self, number: int) -> bool:
-        return any(parameter.requires_grad for parameter in self.get_submodule(str(number)).parameters())
 
 
 def count_choices(choice_S: Tensor, experts: int, per_token: int) -> list[int]:

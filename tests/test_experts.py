@@ -124,7 +124,7 @@ def test_forward_and_every_gradient(kind: str, method: str, dtype: torch.dtype) 
     trained = dict(ours.named_parameters())
     for name, part in parts.items():
         if name.startswith(f"{EXPERTS - 1}."):  # it had no tokens
-            assert trained[name].grad is None
+            assert not trained[name].grad.any()
         else:
             assert relative_error(trained[name].grad, part.grad) < BUDGET[dtype], name
 
@@ -168,9 +168,8 @@ def test_only_experts_with_tokens_are_dequantized_and_never_whole() -> None:
         assert allocated_by(step) < 3 * 128 * 2**10
 
 
-def test_an_expert_without_tokens_can_still_have_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several processes sum their gradients, and must agree on which there are."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_adapters_of_an_expert_without_tokens_have_gradients_of_zero() -> None:
+    """As with transformers' stacks; without one, momentum would stand still, and processes that sum them would part."""
     holder = routed("nf4", torch.float32)
     adapted(holder, torch.float32, use_dora=True)
     chosen, weights = routing()
@@ -178,7 +177,7 @@ def test_an_expert_without_tokens_can_still_have_gradients(monkeypatch: pytest.M
     idle = holder.experts.get_submodule(str(EXPERTS - 1))
     trained = [parameter for parameter in idle.parameters() if parameter.requires_grad]
     assert len(trained) == 9
-    assert all(not parameter.grad.any() for parameter in trained)
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)
 
 
 def test_what_is_taken_for_experts() -> None:

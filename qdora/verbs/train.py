@@ -254,6 +254,9 @@ def _build_trainer(
     callbacks.append(StopWhenAsked(request))  # after those that may end it otherwise
     keep, training.save_total_limit = training.save_total_limit, None
     settle_packing(training)
+    if getattr(training, "router_aux_loss_coef", 0.0) is None:
+        # Newer TRL balances a mixture's experts by default, for which all logits must be there; but routers are frozen.
+        training.router_aux_loss_coef = 0.0
     model.train()
 
     def dataset(encoded: EncodedData) -> Dataset:
