@@ -1,14 +1,15 @@
 """Loading models: the only file that knows how transformers does it.
 
 What comes out is an ordinary transformers model whose 4-bit linears and experts are ours. transformers marks a model
-that it loaded in 4 bits, and its trainers refuse one that is marked "purely quantized" by looking at those marks, not
-at what can be trained; since the linears are ours, the marks would be untrue, and they are taken off.
+that it loaded in 4 bits, and its trainers refuse one that is marked "purely quantized" by those marks, not by what can
+be trained; since the linears are ours, the marks would be untrue, and they are taken off.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,18 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qdora import checkpoint, stream
 from qdora.config import AdapterConfig
 from qdora.dora import FrozenLinear
-from qdora.errors import CheckpointError, ConfigError, reason
+from qdora.errors import CheckpointError, ConfigError, out_of_memory, reason, shown
 from qdora.experts import expand_experts, router_paths, stacks_left
 from qdora.inject import attach, freeze_packed, linear_paths, linear_shape
+from qdora.kinship import origin_of
 from qdora.loader import KeyNames, NF4Config, check_complete, fill_experts, key_names, take_off_marks
 from qdora.nf4 import NF4Weight
 from qdora.offload import keep_embedding_on_host
+from qdora.patterns import is_tame
+from qdora.saving import save_as_adapter
 from qdora.sharding import Sharding, attach_and_shard
-from qdora.shards import ShardReader, fingerprint
-from qdora.sources import local_model, quietly
+from qdora.shards import ShardReader
+from qdora.sources import local_model, quietly, unusable
 
 __all__ = [
     "Linears",
@@ -51,6 +55,7 @@ __all__ = [
     "usual_dtype",
 ]
 
+_MOST_LAYERS = 1_000
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -65,6 +70,7 @@ def load_model(
     embedding_on_host: bool = False,
     sharding: Sharding | None = None,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model with frozen base weights, and adapters attached if asked for.
 
@@ -79,18 +85,23 @@ def load_model(
         sharding: shard the model over all processes (FSDP2), with fresh adapters; see `sharding.shard_root` for what
             is left to do.
         trust_remote_code: let a model run Python code of its own. Off unless you trust where it comes from.
+        allow_other_base: load an adapter onto other weights than it was trained on, see `kinship`.
 
     Returns:
         A transformers model; with an adapter, exactly the adapter's parameters require gradients. Its
-        `qdora_base_hash` is the fingerprint of the files, which `save_adapter` records.
+        `qdora_base_hash` is the fingerprint of the files, which `save_adapter` records; its `save_pretrained` writes
+        the adapter.
 
     Raises:
         CheckpointError: not a model, damaged, or the adapter is for another one.
         ConfigError: an argument is wrong.
     """
     source, place = local_model(path), pick_device(device)
+    _check_alone(source)
     if sharding is not None and (stream_base or embedding_on_host or not isinstance(adapter, AdapterConfig)):
         raise ConfigError("a sharded model takes fresh adapters, and neither stream_base nor embedding_on_host")
+    if sharding is not None and isinstance(adapter, AdapterConfig) and adapter.modules_to_save:
+        raise ConfigError("a sharded model trains no modules_to_save; leave them or the sharding out")
     loading_place = torch.device("cpu") if stream_base or embedding_on_host or sharding else place
     config = _load_config(source, trust_remote_code)
     packed = _check_quantization(config, source)
@@ -110,14 +121,15 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             # a config that contradicts its weights ends in almost any kind of error
             raise CheckpointError(f"{path} cannot be loaded: {reason(error)}") from None
     check_complete(found, path)
     freeze_packed(model, compute_dtype(dtype))
     take_off_marks(model)
+    save_as_adapter(model)
     _cast_parameters(model, compute_dtype(dtype))
     if in_nf4:
         fill_experts(model, reader, not packed, compute_dtype(dtype), loading_place)
@@ -129,7 +141,8 @@ def load_model(
     if embedding_on_host:
         keep_embedding_on_host(model, place)
     model.config._name_or_path = str(path)
-    model.qdora_base_hash = fingerprint(reader)
+    origin = origin_of(source, reader)
+    model.qdora_base_hash, model.qdora_base_source = origin.hash, origin.source
     if sharding is None:
         model.to(place)
     if isinstance(adapter, AdapterConfig):
@@ -139,7 +152,7 @@ def load_model(
             attach_and_shard(model, adapter, sharding)
         model.qdora_adapter = adapter
     elif adapter is not None:
-        checkpoint.load_adapter(model, adapter)
+        checkpoint.load_adapter(model, adapter, allow_other_base)
     return model
 
 
@@ -181,13 +194,17 @@ class Linears:
     names: KeyNames
     stacks: tuple[str, ...] = ()
     """Experts that are no linears and stay 16-bit, for their stacks are of a kind that is not known here."""
+    ends: tuple[str, str] | None = None
+    """The weights of input embedding and head by their names in the model."""
 
     def find(self, key: str) -> str | None:
         """The path of the linear whose weight is stored under this key; None if it is no linear's."""
         path = key.removesuffix(".weight")
-        if path == key:
-            return None
-        return next((name for name in self.names.candidates(path) if name in self.transposed), None)
+        return None if path == key else self.named(path, self.transposed)
+
+    def named(self, name: str, known: Container[str]) -> str | None:
+        """What a checkpoint calls `name` as the model calls it, if it is among the known names."""
+        return next((candidate for candidate in self.names.candidates(name) if candidate in known), None)
 
     def quantizes(self, path: str) -> bool:
         """Whether this linear becomes NF4."""
@@ -210,7 +227,9 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
     transposed = {path: isinstance(linear, Conv1D) for path, linear in linears.items()}
     shapes = {path: linear_shape(linear) for path, linear in linears.items()}
     stays = (*heads, *router_paths(model), *skip_modules)
-    return Linears(transposed, stays, shapes, key_names(model), tuple(stacks_left(model)))
+    embeddings = [path for path, module in model.named_modules() if module is model.get_input_embeddings()]
+    ends = (f"{embeddings[0]}.weight", f"{heads[0]}.weight") if embeddings and heads else None
+    return Linears(transposed, stays, shapes, key_names(model), tuple(stacks_left(model)), ends)
 
 
 def hollow_model(
@@ -328,10 +347,24 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 def _load_config(directory: str | Path, trust_remote_code: bool) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        _check_config(config.to_dict())
     except Exception as error:
         # a config may be nonsense in more ways than there are kinds of errors
-        raise CheckpointError(f"{directory} has no usable config.json: {reason(error)}") from None
+        raise unusable(directory, "config.json", error) from None
+    return config
+
+
+def _check_config(content: dict[str, Any]) -> None:
+    """What transformers would work on for hours: modules made one by one, and expressions that never match."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            _check_config(value)
+        elif "layer" in str(name) and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ValueError(f"{name} is {shown(value)}, and no model has more than {_MOST_LAYERS:,}")
+    for pattern in content.get("llm_int8_skip_modules") or ():
+        if not is_tame(pattern):
+            raise ValueError(f"llm_int8_skip_modules holds {shown(pattern)}, no name nor a simple pattern")
 
 
 def _quantization_of(config: PretrainedConfig) -> dict[str, Any]:
@@ -347,6 +380,14 @@ def _check_quantization(config: PretrainedConfig, directory: str | Path) -> bool
         return True
     kind = found.get("bnb_4bit_quant_type") if found.get("load_in_4bit") else found.get("quant_method")
     raise CheckpointError(f"{directory} is quantized as {kind!s}; start from its 16-bit original, or from NF4")
+
+
+def _check_alone(directory: Path) -> None:
+    """transformers would load an adapter that lies beside a model, and whatever model that names as its base."""
+    if (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory} holds an adapter (adapter_config.json) beside the model; move one to another directory"
+        )
 
 
 def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 """Would the tests notice if the code were wrong? mutmut changes one file in a thousand small ways and runs its tests.
 
     scripts/mutate.sh qdora/nf4.py             every mutant of the file, against tests/test_nf4.py
-    scripts/mutate.sh qdora/nf4.py --again     only those that lived, after new tests were written
+    scripts/mutate.sh qdora/nf4.py --again     only those that lived, of the source as it was, after tests were added
 
 It works in runs/mutation, on a copy of the tree. A mutant that no test kills is printed with its line, to be read: it
 is a gap in the tests, or it changes nothing that could be seen.
@@ -55,6 +55,10 @@ def main() -> None:
     arguments = parser.parse_args()
     source: Path = arguments.source
     workshop = ROOT / "runs" / "mutation" / source.stem
+    if not (ROOT / source).is_file():
+        parser.error(f"{source} is no file; name one from the root of the repository, such as qdora/nf4.py")
+    if arguments.again and not workshop.is_dir():
+        parser.error("nothing lived yet; run it without --again first")
     names = []
     if arguments.again:
         names = [name for name, status in statuses(workshop).items() if status not in KILLED]

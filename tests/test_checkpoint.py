@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
-from qdora.checkpoint import CONFIG_FILE, OFFSETS_FILE, WEIGHTS_FILE, read_adapter
+from qdora.checkpoint import CONFIG_FILE, OFFSETS_FILE, WEIGHTS_FILE, loads_in_4bit, read_adapter
 from qdora.inject import adapted_linears, linear_paths
 from qdora.shards import ShardReader, fingerprint
 from tests.conftest import disturb
@@ -288,3 +290,173 @@ def test_pickled_adapters_and_whole_numbers(tiny_adapter: Path, tmp_path: Path) 
     (adapter / WEIGHTS_FILE).rename(adapter / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="a pickle, which runs code when opened"):
         read_adapter(adapter)
+
+
+def test_what_is_written_to_the_last_key(tiny_nf4: Path, tmp_path: Path) -> None:
+    config = AdapterConfig(
+        rank=4,
+        alpha=6.0,
+        dropout=0.125,
+        use_rslora=True,
+        target_modules=("q_proj", "mlp.up_proj"),
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"up_proj": 3.0},
+    )
+    model = qdora.load_model(tiny_nf4, adapter=config)
+    qdora.save_adapter(model, tmp_path / "new" / "a", exact_offsets=True)
+    assert sorted(path.name for path in (tmp_path / "new" / "a").iterdir()) == sorted(
+        [CONFIG_FILE, WEIGHTS_FILE, OFFSETS_FILE]
+    )
+    assert json.loads((tmp_path / "new" / "a" / CONFIG_FILE).read_text()) == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(tiny_nf4),
+        "r": 4,
+        "lora_alpha": 6.0,
+        "lora_dropout": 0.125,
+        "use_dora": True,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "mlp.up_proj"],
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"up_proj": 3.0},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    read = read_adapter(tmp_path / "new" / "a")
+    assert read.config == replace(config, target_modules=("mlp.up_proj", "q_proj"))
+    assert read.base_model == str(tiny_nf4)
+    with safe_open(tmp_path / "new" / "a" / WEIGHTS_FILE, framework="pt") as file:
+        assert file.metadata().keys() == {"format", "qdora_base", "qdora_base_hash"}
+        assert file.metadata()["format"] == "pt"
+    up, q = (read.linears[f"model.layers.0.{name}"] for name in ("mlp.up_proj", "self_attn.q_proj"))
+    assert (up.A.shape, up.B.shape, up.scaling) == ((4, 64), (192, 4), 3.0 / 2)
+    assert (q.A.shape, q.B.shape, q.scaling) == ((2, 64), (64, 2), 6.0 / 2**0.5)
+    assert up.magnitude.dtype == torch.float32
+
+
+def test_another_process_writes(tiny_nf4: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=2, use_dora=False))
+    qdora.save_adapter(model, tmp_path / "a", write=False)
+    assert not (tmp_path / "a").exists()
+    qdora.save_adapter(model, tmp_path / "a", exact_offsets=True)
+    assert not (tmp_path / "a" / OFFSETS_FILE).exists()  # LoRA has none
+    loaded = qdora.load_model(tiny_nf4, adapter=tmp_path / "a")
+    assert loaded.qdora_adapter == replace(AdapterConfig(rank=2, use_dora=False), target_modules=ALL_NAMES)
+
+
+ALL_NAMES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+
+
+def test_what_a_config_need_not_say(tiny_adapter: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    shutil.copytree(tiny_adapter, path)
+    sparse = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True}
+    for more in ({}, {"target_modules": None, "rank_pattern": None, "alpha_pattern": None, "bias": "none"}):
+        (path / CONFIG_FILE).write_text(json.dumps({**sparse, **more}))
+        read = read_adapter(path)
+        assert read.config == AdapterConfig(rank=4, alpha=8)
+        assert read.base_model is None
+    for init in (True, False, None, "gaussian", "eva", "orthogonal"):
+        (path / CONFIG_FILE).write_text(json.dumps({**sparse, "init_lora_weights": init}))
+        assert read_adapter(path).config.rank == 4
+    (path / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    with pytest.raises(CheckpointError, match=r"has the parts A, B, magnitude; with use_dora=False it needs A, B$"):
+        read_adapter(path)
+    for name in ("r", "lora_alpha"):
+        (path / CONFIG_FILE).write_text(json.dumps({key: value for key, value in sparse.items() if key != name}))
+        with pytest.raises(CheckpointError, match=f"{CONFIG_FILE} is not a LoRA config: '{name}'"):
+            read_adapter(path)
+    (path / CONFIG_FILE).write_text("[]")
+    with pytest.raises(CheckpointError, match=f"{CONFIG_FILE} is not a JSON object"):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias", "alora_invocation_tokens"),
+        *("use_qalora", "use_bdlora", "velora_config", "kasa_config", "monteclora_config", "arrow_config"),
+        "layer_replication",
+    ],
+)
+def test_each_thing_the_layer_has_not_is_named(name: str, tiny_adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"bad uses {name}, which qdora does not load$"):
+        read_adapter(damaged(tiny_adapter, tmp_path / "bad", {name: True}))
+
+
+def test_several_things_are_named_together(tiny_adapter: Path, tmp_path: Path) -> None:
+    change = {"init_lora_weights": "pissa", "bias": "all", "lora_bias": True}
+    with pytest.raises(CheckpointError, match=r"uses lora_bias, init_lora_weights='pissa', bias, which"):
+        read_adapter(damaged(tiny_adapter, tmp_path / "bad", change))
+
+
+def test_shapes_and_parts_are_quoted(tiny_adapter: Path, tmp_path: Path) -> None:
+    for number, (tensors, message) in enumerate(
+        [
+            ({"lora_A.weight": lambda t: t[0].clone()}, r"rank 4: A \(\d+,\), B \(\d+, 4\), magnitude \(\d+,\)$"),
+            ({"lora_B.weight": lambda t: t[:, 0].clone()}, r"rank 4: A \(4, \d+\), B \(\d+,\), magnitude \(\d+,\)$"),
+            ({"lora_B.weight": lambda t: t[:, 1:].clone()}, r"do not agree with rank 4"),
+            ({"lora_A.weight": lambda t: t[1:].clone()}, r"do not agree with rank 4"),
+            ({"magnitude_vector": lambda t: t[1:].clone()}, r"do not agree with rank 4"),
+            ({"lora_A.weight": lambda t: None}, r"has the parts B, magnitude; with use_dora=True it needs A, B, mag"),
+            ({"x.lora_C.weight": torch.ones(2)}, r"bad\d holds 'x\.lora_C\.weight', which is no part of"),
+            (
+                {"lora_A.weight": lambda t: t * float("inf")},
+                r"not finite in 'base_model.*lora_A\.weight'; its training",
+            ),
+        ]
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read_adapter(damaged(tiny_adapter, tmp_path / f"bad{number}", **tensors))
+    empty = tmp_path / "empty"
+    shutil.copytree(tiny_adapter, empty)
+    save_file({}, empty / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match="empty holds no adapter tensors"):
+        read_adapter(empty)
+
+
+def test_peft_s_old_name_of_the_magnitude(tiny_adapter: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(tiny_adapter, old)
+    tensors = load_file(old / WEIGHTS_FILE)
+    renamed = {f"{key}.weight" if key.endswith("vector") else key: tensor for key, tensor in tensors.items()}
+    save_file(renamed, old / WEIGHTS_FILE)
+    ours, theirs = read_adapter(tiny_adapter), read_adapter(old)
+    for path, linear in ours.linears.items():
+        assert torch.equal(linear.magnitude, theirs.linears[path].magnitude)
+    assert (theirs.base_kind, theirs.base_hash) == (None, None)
+
+
+def test_one_matrix_in_fp32_makes_the_adapter_fp32(tiny_adapter: Path, tmp_path: Path) -> None:
+    mixed = damaged(tiny_adapter, tmp_path / "mixed", **{"lora_A.weight": lambda t: t.float()})
+    assert read_adapter(mixed).config.dtype == "float32"
+    assert read_adapter(tiny_adapter).config.dtype == "bfloat16"
+
+
+def test_what_decides_on_four_bits(tiny_adapter: Path) -> None:
+    file = read_adapter(tiny_adapter)
+    dense, custom = replace(file, base_kind="dense"), replace(file, base_kind="nf4-custom")
+    assert [loads_in_4bit(asked, False, file, "m") for asked in (True, False, None)] == [True, False, True]
+    assert [loads_in_4bit(None, is_nf4, adapter, "m") for is_nf4 in (True, False) for adapter in (None, dense)] == [
+        False
+    ] * 4
+    assert loads_in_4bit(None, True, custom, "m") is False
+    with pytest.raises(
+        CheckpointError, match=r"and m is 16-bit; name the .* on \(.*nf4\), or choose by --load_in_4bit$"
+    ):
+        loads_in_4bit(None, False, custom, "m")
+
+
+def test_a_model_with_another_method_is_refused(tiny_nf4: Path, tiny_adapter: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, alpha=8, use_dora=False))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\..*: one of model and adapter has a magnitude and"):
+        qdora.load_adapter(model, tiny_adapter)
+
+
+def test_a_base_in_another_dtype_is_a_kind_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny, adapter=AdapterConfig(rank=2), load_in_4bit=True, dtype="float32")
+    qdora.save_adapter(model, tmp_path)
+    assert read_adapter(tmp_path).base_kind == "nf4-custom"

@@ -480,7 +480,7 @@ def test_a_direction_that_cancels_the_weight_has_norm_zero_not_nan() -> None:
     with torch.no_grad():
         layer.lora_A.copy_(v)
         layer.lora_B.copy_(u / -2)
-    assert (layer.weight_norm() < 1e-2).all()
+    assert (layer.weight_norm() < 2e-3 * layer.base_norm()).all()
     x = torch.randn(5, 128, requires_grad=True)
     layer(x).sum().backward()
     assert torch.isfinite(layer(x)).all()

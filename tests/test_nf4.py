@@ -222,7 +222,7 @@ def test_the_transposed_product_is_rounded_once() -> None:
     exact = g.double() @ weight.dequantize(torch.bfloat16).double()
     with assume(Workspace(tile_bytes=1, reduce_bytes=1)):
         ours = weight.linear_transposed(g)
-    assert (ours.double() - exact).norm() < 2e-3 * exact.norm()
+    assert (ours.double() - exact).norm() < 4e-3 * exact.norm()
 
 
 def test_everything_happens_on_the_weight_s_device_and_in_its_dtype() -> None:
