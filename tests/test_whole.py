@@ -198,8 +198,8 @@ def test_beside_a_streamed_base(untied_nf4: Path) -> None:
 
 def test_the_estimate_counts_them(untied_nf4: Path) -> None:
     def estimate(*names: str) -> dict[str, int]:
-        need = qdora.estimate(str(untied_nf4), max_length=64, modules_to_save=list(names), use_cpu=True).need
-        return dict(need.parts)
+        whole = list(names) or None
+        return qdora.estimate(str(untied_nf4), max_length=64, modules_to_save=whole, use_cpu=True).need.parts
 
     alone, beside = estimate(), estimate("embed_tokens", "lm_head")
     model = qdora.load_model(untied_nf4)
