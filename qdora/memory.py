@@ -313,12 +313,15 @@ class _Moment:
         return self.own + self.inputs + self.gradients
 
 
-def _kinds(model: nn.Module, ends: tuple[Any, Any]) -> Iterator[tuple[nn.Module, str]]:
+def _kinds(model: nn.Module, ends: tuple[Any, ...]) -> Iterator[tuple[nn.Module, str]]:
     """Each module and what its own tensors count as."""
     linears = [module for module in model.modules() if isinstance(module, DoRALinear | FrozenLinear)]
     weights: list[Any] = [linear.base for linear in linears]
     bases = {id(part) for weight in weights for part in weight.modules()}
+    whole = [module for module in model.modules() if isinstance(module, TrainedWhole)]
+    ends = (*ends, *(end.original for end in ends if isinstance(end, TrainedWhole)))
     trained = {id(part) for module in adapted_linears(model).values() for part in module.modules()}
+    trained |= {id(module.trained) for module in whole}
     for module in model.modules():
         if id(module) in bases:
             yield module, "base weights"

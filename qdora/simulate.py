@@ -146,7 +146,7 @@ def simulate_loss(head: nn.Module, positions: int, chunk_bytes: int) -> int:
     weight, bias = head.weight, head.bias
     assert isinstance(weight, Tensor)
     with FakeTensorMode():
-        weight_VH = torch.empty(weight.shape, dtype=weight.dtype)
+        weight_VH = torch.empty(weight.shape, dtype=weight.dtype, requires_grad=weight.requires_grad)
         bias_V = torch.empty(bias.shape, dtype=bias.dtype) if isinstance(bias, Tensor) else None
         hidden = torch.empty(positions, weight.shape[1], dtype=weight.dtype, requires_grad=True)
         chosen, labels = (torch.zeros(positions, dtype=torch.long) for _ in range(2))

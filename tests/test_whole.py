@@ -194,3 +194,15 @@ def test_beside_a_streamed_base(untied_nf4: Path) -> None:
     plain, streamed = (qdora.load_model(untied_nf4, config, stream_base=stream) for stream in (False, True))
     streamed.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(logits(streamed), logits(plain))
+
+
+def test_the_estimate_counts_them(untied_nf4: Path) -> None:
+    def estimate(*names: str) -> dict[str, int]:
+        whole = list(names) or None
+        return qdora.estimate(str(untied_nf4), max_length=64, modules_to_save=whole, use_cpu=True).need.parts
+
+    alone, beside = estimate(), estimate("embed_tokens", "lm_head")
+    model = qdora.load_model(untied_nf4)
+    copies = sum(model.get_submodule(path).weight.nbytes for path in ("model.embed_tokens", "lm_head"))
+    assert beside["adapters"] - alone["adapters"] == copies
+    assert beside["embeddings and head"] == alone["embeddings and head"]
