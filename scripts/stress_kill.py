@@ -30,8 +30,8 @@ from pathlib import Path
 from launch import Launcher, changes_counted
 from safetensors import safe_open
 
-# They tell times. Of a best checkpoint's rotation only the newest are compared, see `digests`.
-TIMED = {"report.md", "log.csv", "loss.png", "trainer_state.json"}
+# They tell times; and TRL's model card names its tags in the order of a set, which each process has its own way.
+TIMED = {"report.md", "log.csv", "loss.png", "trainer_state.json", "README.md"}
 CHECKPOINT = {
     "adapter_config.json",
     "adapter_model.safetensors",

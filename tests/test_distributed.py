@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,23 @@ def test_the_command_line_and_the_merged_model(
         merged.append({key: value for file in out.glob("*.safetensors") for key, value in load_file(file).items()})
     for key, tensor in merged[0].items():
         assert torch.allclose(tensor.float(), merged[1][key].float(), rtol=2e-3, atol=1e-4), key
+
+
+def test_a_signal_to_the_launcher_ends_all_with_one_checkpoint(common: dict[str, Any], tmp_path: Path) -> None:
+    flags = flags_of({**common, "max_steps": 500, "output_dir": str(tmp_path / "out")})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "log").open("w") as log:
+        started = subprocess.Popen([*command, "-m", "qdora", "train", *flags], env=environment, stdout=log, stderr=log)
+        while "step 2 of" not in (tmp_path / "log").read_text() and started.poll() is None:
+            time.sleep(0.1)
+        started.terminate()
+        started.wait(60)
+    said = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("qdora: stopped")]
+    assert len(said) == 1
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert f"saved as {checkpoint}; the same command goes on from there" in said[0]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
 
 
 def test_a_fault_in_the_data_ends_all_with_one_line(common: dict[str, Any], tmp_path: Path) -> None:
