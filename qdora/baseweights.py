@@ -37,6 +37,13 @@ class StoredBase:
         self.reader = ShardReader(directory)
         self.linears = model_linears(directory, (), trust_remote_code)
         self._states = states_by_weight(self.reader)
+        found = {self.linears.find(key) for key in self.reader}
+        stacked = [path for path in self.linears.shapes if ".experts." in path and path not in found]
+        if self.through_nf4 and stacked:
+            raise CheckpointError(
+                f"{directory} holds experts as stacks, without a weight for {stacked[0]}; quantize it, and name the "
+                "NF4 checkpoint"
+            )
 
     @property
     def kind(self) -> str:
