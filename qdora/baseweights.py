@@ -41,6 +41,13 @@ class StoredBase:
         for weight, (first, *_) in self._states.items():
             if weight not in self.reader:
                 raise CheckpointError(f"{directory} holds {first!r} and no {weight!r}; download or write it again")
+        found = {self.linears.find(key) for key in self.reader}
+        stacked = [path for path in self.linears.shapes if ".experts." in path and path not in found]
+        if self.through_nf4 and stacked:
+            raise CheckpointError(
+                f"{directory} holds experts as stacks, without a weight for {stacked[0]}; quantize it, and name the "
+                "NF4 checkpoint"
+            )
 
     @property
     def kind(self) -> str:

@@ -109,23 +109,24 @@ def load_model(
     in_nf4 = packed or load_in_4bit
     if packed:
         config.quantization_config = NF4Config.of_checkpoint(_quantization_of(config))
-    with quietly():
-        try:
+    on_the_fly = NF4Config.on_the_fly(compute_dtype(dtype)) if in_nf4 and not packed else None
+    try:
+        with quietly():
             model, found = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
                 dtype=compute_dtype(dtype),
-                quantization_config=None if packed or not load_in_4bit else NF4Config.on_the_fly(compute_dtype(dtype)),
+                quantization_config=on_the_fly,
                 device_map={"": loading_place},
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            # a config that contradicts its weights ends in almost any kind of error
-            raise CheckpointError(f"{path} cannot be loaded: {reason(error)}") from None
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        # a config that contradicts its weights ends in almost any kind of error
+        raise CheckpointError(f"{path} cannot be loaded: {reason(error)}") from None
     check_complete(found, path)
     freeze_packed(model, compute_dtype(dtype))
     take_off_marks(model)

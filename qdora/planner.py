@@ -62,7 +62,9 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
             optim=None if training.optim in OWN_OPTIMIZERS else str(getattr(training.optim, "value", training.optim)),
             checkpointing=training.gradient_checkpointing,
             # as `trainer.AdapterTrainer` decides
-            lean_loss=training.loss_type in ("nll", "chunked_nll") and not training.label_smoothing_factor,
+            lean_loss=training.loss_type in ("nll", "chunked_nll")
+            and not training.label_smoothing_factor
+            and not getattr(training, "router_aux_loss_coef", None),
             filled=training.packing,
             # As TRL does: these ways of packing, and batches without padding, go through attention as one row.
             flattened=training.padding_free or (training.packing and training.packing_strategy != "wrapped"),

@@ -68,7 +68,16 @@ def stack(tensors: dict[str, torch.Tensor]) -> None:
 def test_quantized_as_it_loads_from_matrices_or_stacks(mixture: Path, mixture_nf4: Path, tmp_path: Path) -> None:
     expected = logits(qdora.load_model(mixture_nf4))
     assert torch.equal(logits(qdora.load_model(mixture)), expected)
-    assert torch.equal(logits(qdora.load_model(copy_with(mixture, tmp_path / "stacked", stack))), expected)
+    stacked = copy_with(mixture, tmp_path / "stacked", stack)
+    model = qdora.load_model(stacked, adapter=AdapterConfig(rank=2))
+    assert torch.equal(logits(model), expected)
+    qdora.quantize(stacked, tmp_path / "nf4")
+    assert torch.equal(logits(qdora.load_model(tmp_path / "nf4")), expected)
+
+    qdora.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="holds experts as stacks"):
+        qdora.merge(stacked, tmp_path / "adapter", tmp_path / "out")
+    qdora.merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "out")
 
 
 def test_dense_experts_are_those_of_transformers(mixture: Path) -> None:

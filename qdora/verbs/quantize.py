@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qdora.errors import CheckpointError
+from qdora.experts import STACKS
 from qdora.kinship import QUANTIZE_RECORD
 from qdora.loader import nf4_config
 from qdora.model import Linears, compute_dtype, is_nf4_checkpoint, model_linears, pick_device
@@ -122,8 +123,9 @@ def quantize(
         report = QuantizeReport(Path(out), bytes_before=reader.total_bytes, kept_experts=linears.stacks)
         with ShardWriter(directory, shard_bytes) as writer, _progress(reader) as bar:
             for key in reader:
-                for name, tensor in _convert(key, reader.get(key), linears, kept_dtype, double_quant, target, report):
-                    writer.add(name, tensor)
+                for part, matrix in _apart(key, reader.get(key), linears):
+                    for name, tensor in _convert(part, matrix, linears, kept_dtype, double_quant, target, report):
+                        writer.add(name, tensor)
                 bar.update(reader.nbytes(key))
         _check_complete(linears, report, model)
         report.bytes_after = writer.total_bytes
@@ -131,6 +133,23 @@ def quantize(
         copy_side_files(source, directory)
         _write_record(directory, model, reader)
     return report
+
+
+def _apart(key: str, tensor: Tensor, linears: Linears) -> Iterator[tuple[str, Tensor]]:
+    """A stack of experts as a matrix each, under the keys that they have on the Hub; any other tensor as it is."""
+    where, _, stack = key.rpartition(".")
+    names: list[str] = []
+    if stack in STACKS and tensor.dim() == 3:
+        first = tuple(f"{path}.0." for path in linears.names.candidates(where))
+        names = [path.rpartition(".")[2] for path in linears.shapes if path.startswith(first)]
+    if not names:
+        yield key, tensor
+        return
+    gate, up, down = names
+    for number, matrix in enumerate(tensor):
+        parts = {down: matrix} if stack == "down_proj" else dict(zip((gate, up), matrix.chunk(2), strict=True))
+        for name, part in parts.items():
+            yield f"{where}.{number}.{name}.weight", part
 
 
 def _convert(
