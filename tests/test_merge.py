@@ -16,7 +16,7 @@ from qdora import AdapterConfig, CheckpointError, ConfigError, NumericsError
 from qdora.checkpoint import read_adapter
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
-from qdora.verbs.merge import _finite
+from qdora.verbs.merge import _finite, _progress
 from qdora.verify import compare
 from tests.conftest import disturb, make_model, make_tokenizer
 from tests.reference import dora as reference
@@ -323,3 +323,11 @@ def merge_wrongly(base: Path, adapter: Path, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["qdora.verbs.merge"], "merge_rows", lambda W, A, B, m, scaling: W)
         qdora.merge(base, adapter, out)
+
+
+def test_the_bar_says_what_it_counts_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(_progress(["a", "b"])) == ["a", "b"]
+    shown = capsys.readouterr().err
+    assert shown.startswith("\rmerge:   0%")
+    assert "? tensors/s]" in shown
+    assert "\n" not in shown
