@@ -165,7 +165,7 @@ def test_the_host_s_own_memory(pairs_file: Path, tmp_path: Path) -> None:
         "sys.exit(main(sys.argv[1:]))"
     )
     data = tmp_path / "long.jsonl"
-    data.write_text('{"text": "' + "The quick brown fox jumps over the lazy dog. " * 100 + '"}\n' * 128)
+    data.write_text(('{"text": "' + "The quick brown fox jumps over the lazy dog. " * 100 + '"}\n') * 128)
     flags = {**QUICK, "per_device_train_batch_size": 64, "max_length": 512, "load_in_4bit": False, "max_steps": 1}
     flags |= {"model_name_or_path": str(model), "dataset": str(data), "output_dir": str(tmp_path / "out")}
     done = subprocess.run(
