@@ -35,8 +35,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qdora.adapterfile import LinearAdapter
 from qdora.base import BaseWeight
-from qdora.checkpoint import LinearAdapter
 from qdora.errors import NumericsError
 
 __all__ = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qdora.checkpoint import AdapterFile
+from qdora.adapterfile import AdapterFile
 from qdora.dense import DenseWeight
 from qdora.errors import CheckpointError
 from qdora.kinship import Kinship, answers_of, kinship, origin_of

@@ -96,47 +96,12 @@ def load_model(
         CheckpointError: not a model, damaged, or the adapter is for another one.
         ConfigError: an argument is wrong.
     """
-    source, place = local_model(path), pick_device(device)
+    source, place, arithmetic = local_model(path), pick_device(device), compute_dtype(dtype)
     _check_alone(source)
-    if sharding is not None and (stream_base or embedding_on_host or not isinstance(adapter, AdapterConfig)):
-        raise ConfigError("a sharded model takes fresh adapters, and neither stream_base nor embedding_on_host")
-    if sharding is not None and isinstance(adapter, AdapterConfig) and adapter.modules_to_save:
-        raise ConfigError("a sharded model trains no modules_to_save; leave them or the sharding out")
+    if sharding is not None:
+        _check_sharded(adapter, stream_base or embedding_on_host)
     loading_place = torch.device("cpu") if stream_base or embedding_on_host or sharding else place
-    config = _load_config(source, trust_remote_code)
-    packed = _check_quantization(config, source)
-    reader = ShardReader(source)  # finds damaged files, and says so better than the loading below
-    in_nf4 = packed or load_in_4bit
-    if packed:
-        config.quantization_config = NF4Config.of_checkpoint(_quantization_of(config))
-    on_the_fly = NF4Config.on_the_fly(compute_dtype(dtype)) if in_nf4 and not packed else None
-    try:
-        with quietly():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype=compute_dtype(dtype),
-                quantization_config=on_the_fly,
-                device_map={"": loading_place},
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        # a config that contradicts its weights ends in almost any kind of error
-        raise CheckpointError(f"{path} cannot be loaded: {reason(error)}") from None
-    check_complete(found, path)
-    freeze_packed(model, compute_dtype(dtype))
-    take_off_marks(model)
-    save_as_adapter(model)
-    _cast_parameters(model, compute_dtype(dtype))
-    if in_nf4:
-        fill_experts(model, reader, not packed, compute_dtype(dtype), loading_place)
-    else:
-        expand_experts(model)
-    model.requires_grad_(False)
+    model, reader = _frozen_base(path, source, arithmetic, loading_place, load_in_4bit, trust_remote_code)
     if stream_base:
         stream.stream_base(model, place)
     if embedding_on_host:
@@ -155,6 +120,59 @@ def load_model(
     elif adapter is not None:
         checkpoint.load_adapter(model, adapter, allow_other_base)
     return model
+
+
+def _check_sharded(adapter: AdapterConfig | str | Path | None, partly_on_host: bool) -> None:
+    if partly_on_host or not isinstance(adapter, AdapterConfig):
+        raise ConfigError("a sharded model takes fresh adapters, and neither stream_base nor embedding_on_host")
+    if adapter.modules_to_save:
+        raise ConfigError("a sharded model trains no modules_to_save; leave them or the sharding out")
+
+
+def _frozen_base(
+    path: str | Path, source: Path, dtype: torch.dtype, place: torch.device, load_in_4bit: bool, trust_remote_code: bool
+) -> tuple[Any, ShardReader]:
+    """The model as transformers loads it, with linears and experts of ours, and the reader of its files.
+
+    Args:
+        path: as the user named it, for errors.
+        source: where its files are.
+        place: where it is loaded to.
+    """
+    config = _load_config(source, trust_remote_code)
+    packed = _check_quantization(config, source)
+    reader = ShardReader(source)  # finds damaged files, and says so better than the loading below
+    in_nf4 = packed or load_in_4bit
+    if packed:
+        config.quantization_config = NF4Config.of_checkpoint(_quantization_of(config))
+    try:
+        with quietly():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                quantization_config=NF4Config.on_the_fly(dtype) if in_nf4 and not packed else None,
+                device_map={"": place},
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        # a config that contradicts its weights ends in almost any kind of error
+        raise CheckpointError(f"{path} cannot be loaded: {reason(error)}") from None
+    check_complete(found, path)
+    freeze_packed(model, dtype)
+    take_off_marks(model)
+    save_as_adapter(model)
+    _cast_parameters(model, dtype)
+    if in_nf4:
+        fill_experts(model, reader, not packed, dtype, place)
+    else:
+        expand_experts(model)
+    model.requires_grad_(False)
+    return model, reader
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Where a run goes on: the record that it leaves in its output directory, and which of its checkpoints are whole.
 
-The record, `qdora_train.json`, is written when the training begins and again when all is done. It holds the settings,
-so that the same command on the same directory is known to be the same run: unfinished, it goes on from its newest whole
-checkpoint; finished, or with other settings, it is refused, as is a directory whose run left no record.
+The record, `qdora_train.json`, is written when the training begins and again when all is done. It holds the settings
+and hashes of what is read (data files whole, the base by its fingerprint), so that the same command on the same
+directory is known to be the same run: unfinished, it goes on from its newest whole checkpoint; finished, or with other
+settings or inputs, it is refused, as is a directory whose run left no record.
 
 A checkpoint is written under `.unfinished/` and gets its name when it is complete and on the disk; one that is rotated
 away loses its name before its files go. So what has the name is whole, and checking it here guards against damage that
@@ -12,6 +13,7 @@ others do. The names of the files in it are the trainer's.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -22,15 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from qdora.distributed import processes, say
 from qdora.errors import CheckpointError, ConfigError, reason
 from qdora.flags import RunArguments
-from qdora.output import UNFINISHED, flush, put_in_place, write_json
+from qdora.output import UNFINISHED, flush, put_in_place, write_json, writing
+from qdora.shards import ShardReader, fingerprint
 
 __all__ = [
     "RECORD_FILE",
+    "RecordKeeper",
     "Start",
     "begin_record",
     "clear_scratch",
@@ -194,6 +198,20 @@ def finish_record(beginning: Start, output_dir: Path) -> None:
     write_json(output_dir / RECORD_FILE, {"finished": True, "settings": beginning.settings})
 
 
+class RecordKeeper(TrainerCallback):
+    """Writes the record again if the output directory was taken away during the training, and says so."""
+
+    def __init__(self, beginning: Start) -> None:
+        self._beginning = beginning
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        out = Path(args.output_dir)
+        if state.is_world_process_zero and not (out / RECORD_FILE).is_file():
+            say(f"{out} was taken away since the training began; it was made again with checkpoint-{state.global_step}")
+            with writing(out):
+                write_json(out / RECORD_FILE, {"finished": False, "settings": self._beginning.settings})
+
+
 def scratch_of(output_dir: Path) -> Path:
     """Where checkpoints are written, the same for all processes."""
     return output_dir / UNFINISHED
@@ -241,9 +259,22 @@ def _step_of(checkpoint: Path) -> int:
 
 def _settings(run: RunArguments, training: Any) -> dict[str, Any]:
     """Every flag, as JSON has it; the number of processes, which makes the batch."""
-    flags = {**training.to_dict(), **dataclasses.asdict(run), "processes": processes()}
+    flags = {**training.to_dict(), **dataclasses.asdict(run), "processes": processes(), **_hashes(run)}
     plain: dict[str, Any] = json.loads(json.dumps(flags, default=str))
     return {name: value for name, value in sorted(plain.items()) if name not in _NOT_RECORDED}
+
+
+def _hashes(run: RunArguments) -> dict[str, str]:
+    """Of the inputs that lie here as files; what the Hub gives is named by its id."""
+    found = {}
+    for name in ("dataset", "eval_dataset"):
+        path = getattr(run, name)
+        if path and Path(path).is_file():
+            with Path(path).open("rb") as content:
+                found[f"{name}_sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
+    if (Path(run.model_name_or_path) / "config.json").is_file():
+        found["base_hash"] = fingerprint(ShardReader(run.model_name_or_path))
+    return found
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 import qdora
+from qdora.adapterfile import read_adapter
 from qdora.arguments import adapter_config, parse_train
 from qdora.baseweights import StoredBase
-from qdora.checkpoint import read_adapter
 from qdora.data import encode
 from qdora.model import is_nf4_checkpoint, model_linears
 from qdora.resume import start

@@ -14,8 +14,8 @@ import torch
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, NumericsError
+from qdora.adapterfile import LinearAdapter, read_adapter
 from qdora.analysis import LinearChange, by_kind, change_of, correlation, correlations, kinds_of, layer_of, row_changes
-from qdora.checkpoint import LinearAdapter, read_adapter
 from qdora.dense import DenseWeight
 from qdora.inject import adapted_linears
 from qdora.nf4 import NF4Weight, quantize_nf4

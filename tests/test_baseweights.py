@@ -9,8 +9,8 @@ import torch
 
 import qdora
 from qdora import AdapterConfig, CheckpointError
+from qdora.adapterfile import read_adapter
 from qdora.baseweights import StoredBase
-from qdora.checkpoint import read_adapter
 from qdora.dense import DenseWeight
 from qdora.inject import adapted_linears
 from qdora.nf4 import NF4Weight, is_nf4_key

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
-from qdora.checkpoint import CONFIG_FILE, OFFSETS_FILE, WEIGHTS_FILE, loads_in_4bit, read_adapter
+from qdora.adapterfile import CONFIG_FILE, OFFSETS_FILE, WEIGHTS_FILE, loads_in_4bit, read_adapter
 from qdora.inject import adapted_linears, linear_paths
 from qdora.shards import ShardReader, fingerprint
 from tests.conftest import disturb

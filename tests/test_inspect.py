@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
-from qdora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from qdora.adapterfile import CONFIG_FILE, WEIGHTS_FILE
 from qdora.inject import adapted_linears
 from qdora.shards import ShardReader, fingerprint
 from qdora.verbs.inspect import InspectReport, inspect

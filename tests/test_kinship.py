@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import qdora
 from qdora import AdapterConfig, CheckpointError
-from qdora.checkpoint import WEIGHTS_FILE, read_adapter
+from qdora.adapterfile import WEIGHTS_FILE, read_adapter
 from qdora.kinship import QUANTIZE_RECORD, Kinship, Origin, kinship
 from tests.conftest import disturb, make_model
 

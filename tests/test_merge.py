@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError, NumericsError
-from qdora.checkpoint import read_adapter
+from qdora.adapterfile import read_adapter
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
 from qdora.verbs.merge import _finite, _progress

@@ -50,7 +50,7 @@ def test_written_out_it_does_the_same() -> None:
     assert left == ["classmethod"]
 
 
-@pytest.mark.parametrize("name", ["nf4.py", "dora.py", "checkpoint.py", "verbs/merge.py"])
+@pytest.mark.parametrize("name", ["nf4.py", "dora.py", "adapterfile.py", "checkpoint.py", "verbs/merge.py"])
 def test_no_function_of_the_library_is_out_of_reach(name: str) -> None:
     text = (Path(__file__).parents[1] / "qdora" / name).read_text()
     functions = functions_of(ast.parse(write_out_decorators(text)))

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from launch import Launcher
 from stress_kill import Case, differences, digests, measure
+from transformers import TrainerCallback
 
+import qdora.verbs.train
 from qdora import CheckpointError, ConfigError
 from tests.test_train import quick
 
@@ -73,9 +75,40 @@ def test_what_is_not_this_run_is_refused(whole: Path, out: Path, tiny_nf4: Path,
         quick(tiny_nf4, pairs_file, out, **FLAGS, resume_from_checkpoint="last")
     with pytest.raises(ConfigError, match=r"with other settings \(learning_rate 0\.005 there, 0\.1 here\)"):
         quick(tiny_nf4, pairs_file, out, **FLAGS, learning_rate=0.1)
+    other = shutil.copy(pairs_file, out / "other.jsonl")
+    Path(other).write_text(pairs_file.read_text().replace("Question", "Query"))
+    record = json.loads((out / "qdora_train.json").read_text())
+    record["settings"]["dataset"] = str(other)  # the same name, other rows
+    (out / "qdora_train.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"with other settings \(dataset_sha256 "):
+        quick(tiny_nf4, Path(other), out, **FLAGS)
     (out / "qdora_train.json").unlink()
     with pytest.raises(ConfigError, match="holds an earlier run; go on with --resume_from_checkpoint last"):
         quick(tiny_nf4, pairs_file, out, **FLAGS)
+
+
+def test_an_output_that_was_taken_away_is_made_again(
+    whole: Path, tiny_nf4: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, said = tmp_path / "out", []
+    monkeypatch.setattr("qdora.resume.say", said.append)
+
+    class TakeAway(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                shutil.rmtree(out)
+
+    build = qdora.verbs.train._build_trainer
+
+    def built(*arguments: Any) -> Any:
+        trainer = build(*arguments)
+        trainer.add_callback(TakeAway())
+        return trainer
+
+    monkeypatch.setattr("qdora.verbs.train._build_trainer", built)
+    quick(tiny_nf4, pairs_file, out, **FLAGS)
+    assert f"{out} was taken away since the training began; it was made again with checkpoint-6" in said
+    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
 def test_overwriting_begins_anew_once(

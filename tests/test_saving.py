@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import qdora
 from qdora import AdapterConfig, ConfigError
-from qdora.checkpoint import OFFSETS_FILE
+from qdora.adapterfile import OFFSETS_FILE
 from tests.conftest import disturb
 
 IDS = torch.arange(3, 43)[None]

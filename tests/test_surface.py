@@ -21,7 +21,7 @@ LAYERS = [
     {"saving"},
     {"checkpoint", "sources", "loader", "hub"},
     {"reference", "stream", "offload", "simulate", "sharding"},
-    {"inject", "choices", "dropin", "card"},
+    {"adapterfile", "inject", "choices", "dropin", "card"},
     {"experts", "peftlayer"},
     {
         *{"data", "dora", "whole", "kinship", "measure", "movement", "numerics", "packing", "progress", "report"},
@@ -90,6 +90,7 @@ def test_tests_mirror_the_source() -> None:
         "__init__",
         "__main__",
         "errors",
+        "adapterfile",
         "base",
         "dense",
         "curves",

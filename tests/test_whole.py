@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
-from qdora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from qdora.adapterfile import CONFIG_FILE, WEIGHTS_FILE
 from qdora.loss import answer_loss
 from qdora.whole import trained_whole
 from tests.conftest import make_model

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from qdora.checkpoint import loads_in_4bit, read_adapter
+from qdora.adapterfile import loads_in_4bit, read_adapter
 from qdora.conversation import Answer, Conversation, Sampling
 from qdora.errors import CheckpointError, ConfigError, DataError
 from qdora.generation import place_of

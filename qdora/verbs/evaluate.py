@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from qdora.adapterfile import loads_in_4bit, read_adapter
 from qdora.answers import Question, answer, count_matches, questions
-from qdora.checkpoint import loads_in_4bit, read_adapter
 from qdora.choices import Accuracy, Choice, accuracy, choice_rows
 from qdora.data import EncodedData, encode
 from qdora.errors import CheckpointError, DataError

@@ -15,9 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qdora.adapterfile import WEIGHTS_FILE, AdapterFile, read_adapter
 from qdora.analysis import LinearChange, by_kind, change_of, correlation, correlations, kinds_of
 from qdora.baseweights import StoredBase
-from qdora.checkpoint import WEIGHTS_FILE, AdapterFile, read_adapter
 from qdora.config import AdapterConfig
 from qdora.drawing import draw_changes
 from qdora.errors import CheckpointError, ConfigError

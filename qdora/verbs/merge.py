@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qdora.adapterfile import AdapterFile, LinearAdapter, read_adapter
 from qdora.base import BaseWeight
 from qdora.baseweights import StoredBase
-from qdora.checkpoint import AdapterFile, LinearAdapter, read_adapter
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError, NumericsError
 from qdora.kinship import Kinship

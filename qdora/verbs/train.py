@@ -44,7 +44,7 @@ from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
 from qdora.preflight import check_original, check_place, check_sharded, check_trackers
 from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
-from qdora.resume import Start, begin_record, finish_record, start
+from qdora.resume import RecordKeeper, Start, begin_record, finish_record, start
 from qdora.sharding import Sharding, take_sharding
 from qdora.shards import parse_size
 from qdora.signals import Stopped, StopRequest
@@ -142,6 +142,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     request = StopRequest()
     with memory_explained("before the first step", headroom):
         trainer = _build_trainer(model, tokenizer, training, corpus, run, sharding, request)
+    trainer.add_callback(RecordKeeper(beginning))
     trainer.accelerator.wait_for_everyone()  # all have seen the directory as it was
     if is_main():
         with writing(output_dir):

@@ -1,0 +1,317 @@
+"""An adapter directory, read and checked without its model: PEFT's config, our facts in the file's metadata.
+
+What PEFT wrote is read here. What its config asks for and our layer has not is refused rather than left out. And each
+of these files may come from a stranger: nothing in them is believed before it was looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qdora.config import ALL_LINEAR, AdapterConfig
+from qdora.errors import CheckpointError, ConfigError, reason, shown
+from qdora.kinship import Origin
+from qdora.shards import check_header
+from qdora.whole import is_named
+
+__all__ = [
+    "CONFIG_FILE",
+    "OFFSETS_FILE",
+    "PREFIX",
+    "WEIGHTS_FILE",
+    "AdapterFile",
+    "LinearAdapter",
+    "loads_in_4bit",
+    "peft_config",
+    "read_adapter",
+    "read_offsets",
+]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLED_FILE = "adapter_model.bin"
+OFFSETS_FILE = "magnitude_offsets.safetensors"
+PREFIX = "base_model.model."
+_PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",  # PEFT before 0.10
+}
+# What changes the forward in ways DoRALinear has not.
+_UNSUPPORTED = (
+    "target_parameters",
+    "trainable_token_indices",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+    "arrow_config",
+    "layer_replication",
+)
+# Initializations that leave the base weights as they are; others (PiSSA, OLoRA, CorDA, LoftQ, …) subtract the adapter
+# from the base, and the adapter means nothing on the base itself.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LinearAdapter:
+    """The trained tensors of one linear."""
+
+    A: Tensor
+    """(rank, in_features)."""
+    B: Tensor
+    """(out_features, rank)."""
+    magnitude: Tensor | None
+    """(out_features,) fp32; None for LoRA."""
+    scaling: float
+
+    def check_shape(self, path: str, out_features: int, in_features: int, base: str | None) -> None:
+        """
+        Raises:
+            CheckpointError: the adapter is for a linear of another shape.
+        """
+        shape = (self.B.shape[0], self.A.shape[1])
+        if shape != (out_features, in_features):
+            raise CheckpointError(
+                f"the adapter is for another model: {path} is {out_features}×{in_features} here and "
+                f"{shape[0]}×{shape[1]} in the adapter{f', which was made for {base!r}' if base else ''}"
+            )
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter directory, read and checked."""
+
+    config: AdapterConfig
+    linears: dict[str, LinearAdapter]
+    """By the path of the linear in the model."""
+    base_model: str | None
+    """What the adapter says it was trained on."""
+    base_kind: str | None
+    """What that base was: `dense`; `nf4`, as `quantize` makes it unless told otherwise; or `nf4-custom`. None if the
+    file does not say (PEFT's do not)."""
+    origin: Origin = field(default_factory=Origin)
+    """Which weights the base was, as far as the file says. A 16-bit model that was quantized as it loaded has the hash
+    of the 16-bit files."""
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    """The weights of modules that were trained whole, by their names in the model."""
+
+    @property
+    def base_hash(self) -> str | None:
+        """`shards.fingerprint` of the files that the base was loaded from; None if the file does not say."""
+        return self.origin.hash
+
+    def rounds(self, model: str | Path, otherwise: str) -> bool:
+        """Whether a 16-bit model must be rounded to NF4 to be what the adapter was trained on.
+
+        Args:
+            otherwise: what else can be done if that is not possible, to end the error's sentence.
+
+        Raises:
+            CheckpointError: it was trained on NF4 weights that cannot be made anew from that model.
+        """
+        if self.base_kind == "nf4-custom":
+            raise CheckpointError(
+                f"the adapter was trained on NF4 weights that were not quantized in the usual way, and {model} is "
+                f"16-bit; name the NF4 checkpoint it was trained on ({self.base_model}), or {otherwise}"
+            )
+        return self.base_kind == "nf4"
+
+
+def loads_in_4bit(asked: bool | None, is_nf4: bool, file: AdapterFile | None, model: str | Path) -> bool:
+    """Whether a model is quantized as it loads: as asked, or by default only if its adapter was trained on NF4.
+
+    Args:
+        asked: `--load_in_4bit`; None if nothing was said.
+        is_nf4: whether the model is in NF4 already.
+
+    Raises:
+        CheckpointError: see `AdapterFile.rounds`.
+    """
+    if asked is not None:
+        return asked
+    return not is_nf4 and file is not None and file.rounds(model, "choose by --load_in_4bit")
+
+
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Read an adapter directory and check everything that can be checked without the model.
+
+    Raises:
+        CheckpointError: see `load_adapter`.
+    """
+    directory = Path(path)
+    if not (directory / CONFIG_FILE).is_file():
+        found = "a model directory" if (directory / "config.json").is_file() else "no such file"
+        raise CheckpointError(f"{directory} is not an adapter: expected {CONFIG_FILE}, found {found}")
+    raw = _read_json(directory / CONFIG_FILE)
+    _check_weights_file(directory)
+    config = _config_from_peft(raw, directory)
+    try:
+        tensors = load_file(directory / WEIGHTS_FILE)
+        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+            metadata = file.metadata() or {}
+        check_header(directory / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{directory / WEIGHTS_FILE} is missing or damaged: {reason(error)}") from None
+    whole = _taken_whole(tensors, config, directory)
+    linears = {
+        name: _linear_adapter(name, parts, config, directory) for name, parts in _grouped(tensors, directory).items()
+    }
+    in_bf16 = all(linear.A.dtype == torch.bfloat16 for linear in linears.values())
+    config = replace(config, dtype="bfloat16" if in_bf16 else "float32")
+    origin = Origin.from_metadata(metadata)
+    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), metadata.get("qdora_base"), origin, whole)
+
+
+def _check_weights_file(directory: Path) -> None:
+    if (directory / WEIGHTS_FILE).is_file():
+        return
+    if (directory / _PICKLED_FILE).is_file():
+        raise CheckpointError(
+            f"{directory} holds its adapter as {_PICKLED_FILE}, a pickle, which runs code when opened; convert it to "
+            "safetensors first"
+        )
+    raise CheckpointError(f"{directory} holds no {WEIGHTS_FILE}; download or write it again")
+
+
+def _taken_whole(tensors: dict[str, Tensor], config: AdapterConfig, directory: Path) -> dict[str, Tensor]:
+    """Take the weights of modules that were trained whole out of the adapter's tensors."""
+    names, whole = config.modules_to_save, {}
+    for key in [key for key in tensors if names and not key.endswith(tuple(_PARTS))]:
+        name = key.removeprefix(PREFIX)
+        # Of a pair that stays tied PEFT's config names one, and its file holds both.
+        if config.ensure_weight_tying or is_named(name.rpartition(".")[0], names):
+            whole[name] = tensors.pop(key)
+            if not torch.isfinite(whole[name]).all():
+                raise CheckpointError(f"{directory} holds values that are not finite in {name!r}")
+    absent = [name for name in names if not any(is_named(key.rpartition(".")[0], [name]) for key in whole)]
+    if absent:
+        raise CheckpointError(f"{directory} names {absent[0]!r} in modules_to_save, and holds no weight of it")
+    return whole
+
+
+def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, Tensor]]:
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        suffix = next((suffix for suffix in _PARTS if key.endswith(suffix)), None)
+        if suffix is None:
+            raise CheckpointError(f"{directory} holds {key!r}, which is no part of a LoRA or DoRA linear")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{directory} holds values that are not finite in {key!r}; its training went wrong")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{directory} holds whole numbers ({tensor.dtype}) in {key!r}; it is no adapter")
+        grouped.setdefault(key.removeprefix(PREFIX).removesuffix(suffix), {})[_PARTS[suffix]] = tensor
+    if not grouped:
+        raise CheckpointError(f"{directory} holds no adapter tensors")
+    return grouped
+
+
+def _linear_adapter(name: str, parts: dict[str, Tensor], config: AdapterConfig, directory: Path) -> LinearAdapter:
+    expected = {"A", "B", "magnitude"} if config.use_dora else {"A", "B"}
+    if parts.keys() != expected:
+        raise CheckpointError(
+            f"{directory}: {name} has the parts {', '.join(sorted(parts))}; with use_dora={config.use_dora} "
+            f"it needs {', '.join(sorted(expected))}"
+        )
+    A, B, magnitude = parts["A"], parts["B"], parts.get("magnitude")
+    rank = config.rank_of(name)
+    sizes_agree = A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1] == rank
+    if not sizes_agree or (magnitude is not None and magnitude.shape != B.shape[:1]):
+        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in sorted(parts.items()))
+        raise CheckpointError(f"{directory}: the shapes of {name} do not agree with rank {rank}: {shapes}")
+    return LinearAdapter(A, B, None if magnitude is None else magnitude.float(), config.scaling_of(name))
+
+
+def read_offsets(directory: Path) -> dict[str, Tensor]:
+    """The exact magnitude offsets of a checkpoint, by the path of the linear; none if the adapter has none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = directory / OFFSETS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {reason(error)}") from None
+
+
+def peft_config(config: AdapterConfig, targets: str | tuple[str, ...], base: str | None) -> dict[str, Any]:
+    """The config as PEFT writes it.
+
+    Args:
+        targets: which linears are adapted, as it is to be said.
+        base: where the base model was loaded from.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "ensure_weight_tying": config.ensure_weight_tying,
+    }
+
+
+def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
+    if raw.get("peft_type") != "LORA":
+        found = raw.get("peft_type")
+        raise CheckpointError(f"{directory} is a {shown(found)} adapter; only LORA (with or without DoRA) fits")
+    unsupported = [name for name in _UNSUPPORTED if raw.get(name)]
+    if not any(raw.get("init_lora_weights") is init or raw.get("init_lora_weights") == init for init in _PLAIN_INITS):
+        unsupported.append(f"init_lora_weights={shown(raw['init_lora_weights'])}")
+    if raw.get("bias", "none") != "none":
+        unsupported.append("bias")
+    if unsupported:
+        raise CheckpointError(f"{directory} uses {', '.join(unsupported)}, which qdora does not load")
+    targets = raw.get("target_modules") or ALL_LINEAR
+    try:
+        return AdapterConfig(
+            rank=raw["r"],
+            alpha=raw["lora_alpha"],
+            dropout=raw.get("lora_dropout", 0.0),
+            use_dora=bool(raw.get("use_dora", False)),
+            use_rslora=bool(raw.get("use_rslora", False)),
+            target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+            modules_to_save=tuple(sorted(set(raw.get("modules_to_save") or ()))),
+            ensure_weight_tying=bool(raw.get("ensure_weight_tying", False)),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
+        raise CheckpointError(f"{directory / CONFIG_FILE} is not a LoRA config: {reason(error)}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content
