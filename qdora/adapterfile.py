@@ -289,7 +289,7 @@ def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
         unsupported.append("bias")
     if unsupported:
         raise CheckpointError(f"{directory} uses {', '.join(unsupported)}, which qdora does not load")
-    targets = raw.get("target_modules") or ALL_LINEAR
+    targets, whole = raw.get("target_modules") or ALL_LINEAR, raw.get("modules_to_save") or ()
     try:
         return AdapterConfig(
             rank=raw["r"],
@@ -300,8 +300,8 @@ def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
             target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
-            modules_to_save=tuple(sorted(set(raw.get("modules_to_save") or ()))),
-            ensure_weight_tying=bool(raw.get("ensure_weight_tying", False)),
+            modules_to_save=tuple(sorted(set(whole))),
+            ensure_weight_tying=not whole or bool(raw.get("ensure_weight_tying", False)),
         )
     except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         raise CheckpointError(f"{directory / CONFIG_FILE} is not a LoRA config: {reason(error)}") from None

@@ -324,12 +324,14 @@ def test_what_is_written_to_the_last_key(tiny_nf4: Path, tmp_path: Path) -> None
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
+        "ensure_weight_tying": False,
     }
     read = read_adapter(tmp_path / "new" / "a")
     assert read.config == replace(config, target_modules=("mlp.up_proj", "q_proj"))
     assert read.base_model == str(tiny_nf4)
     with safe_open(tmp_path / "new" / "a" / WEIGHTS_FILE, framework="pt") as file:
-        assert file.metadata().keys() == {"format", "qdora_base", "qdora_base_hash"}
+        facts = {"qdora_base", "qdora_base_hash", "qdora_base_source", "qdora_base_probe"}
+        assert file.metadata().keys() == {"format", *facts}
         assert file.metadata()["format"] == "pt"
     up, q = (read.linears[f"model.layers.0.{name}"] for name in ("mlp.up_proj", "self_attn.q_proj"))
     assert (up.A.shape, up.B.shape, up.scaling) == ((4, 64), (192, 4), 3.0 / 2)
@@ -377,7 +379,7 @@ def test_what_a_config_need_not_say(tiny_adapter: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias", "alora_invocation_tokens"),
+        *("target_parameters", "trainable_token_indices", "lora_bias", "alora_invocation_tokens"),
         *("use_qalora", "use_bdlora", "velora_config", "kasa_config", "monteclora_config", "arrow_config"),
         "layer_replication",
     ],
