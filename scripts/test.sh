@@ -7,6 +7,6 @@ ruff check .
 ruff format --check .
 mypy
 if [ $# -eq 0 ]; then set -- -m "not slow"; fi
-# Two workers with a thread each get through tiny models nearly twice as fast as two threads do.
+# A worker for each core, with one thread: tiny models have no work for two.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest --numprocesses auto --maxprocesses 4 "$@"
+python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"
