@@ -30,7 +30,7 @@ from pathlib import Path
 from launch import Launcher, changes_counted
 from safetensors import safe_open
 
-# They tell times; and TRL's model card names its tags in the order of a set, which each process has its own way.
+# They tell times, or (the card) the loss of a logging interval that a kill may have cut short.
 TIMED = {"report.md", "log.csv", "loss.png", "trainer_state.json", "README.md"}
 CHECKPOINT = {
     "adapter_config.json",
