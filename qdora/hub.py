@@ -18,7 +18,10 @@ from qdora.errors import ConfigError, QDoRAError, reason
 __all__ = ["Destination", "take_destination"]
 
 # What belongs to the run and not to the adapter.
-_STAYS_HERE = ["checkpoint-*", "runs/*", "*.unfinished", "trainer_state.json", "training_args.bin"]
+_STAYS_HERE = [
+    *("checkpoint-*", "earlier-checkpoint-*", "runs/*", "*.unfinished*", ".qdora.lock"),
+    *("qdora_train.json", "trainer_state.json", "training_args.bin"),
+]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 # On import, its CPU backend advises an optional package for a kernel that is not used here.
@@ -125,7 +126,8 @@ class NF4Weight(KeepsDtype):
         stats = {f"weight.{key}": value for key, value in tensors.items() if key}
         packed = tensors[""]
         try:
-            state = bnb.QuantState.from_dict(stats, device=packed.device)
+            with _float32_by_default():
+                state = bnb.QuantState.from_dict(stats, device=packed.device)
         except Exception as error:
             # the state is JSON in a tensor, of which bitsandbytes believes everything
             raise CheckpointError(f"the quant state of an NF4 weight cannot be read: {reason(error)}") from None
@@ -139,7 +141,12 @@ class NF4Weight(KeepsDtype):
 
     @classmethod
     def hollow(cls, out_features: int, in_features: int, double_quant: bool = True) -> NF4Weight:
-        """A weight of this shape without values, on the current default device: to reckon what one takes."""
+        """A weight of this shape without values, on the meta device: to reckon what one takes."""
+        with torch.device("meta"):
+            return cls._hollow(out_features, in_features, double_quant)
+
+    @classmethod
+    def _hollow(cls, out_features: int, in_features: int, double_quant: bool) -> NF4Weight:
         blocks = math.ceil(out_features * in_features / BLOCKSIZE)
         state = bnb.QuantState(
             absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
@@ -271,6 +278,18 @@ class NF4Weight(KeepsDtype):
         return whole
 
 
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """bitsandbytes makes codes and offsets in torch's default dtype, and transformers sets that as it builds a model."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+@_float32_by_default()
 def quantize_nf4(weight: Tensor, double_quant: bool = True, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Quantize a weight to NF4 in blocks of 64, a tile at a time.
 
@@ -343,6 +362,7 @@ def _check_state(state: Any) -> None:
         _check_values(state.code, None if nested is None else nested.code, scales)
 
 
+@_float32_by_default()
 def _check_values(code: Tensor, nested_code: Tensor | None, scales: list[Tensor]) -> None:
     usual = bnb.get_4bit_type("nf4", device=code.device)
     if code.shape != usual.shape or not torch.allclose(code.float(), usual, atol=1e-3):

@@ -29,7 +29,7 @@ ADAPTER = qdora.AdapterConfig(rank=4, alpha=8)
 def test_the_loss(chunk_bytes: int, bias: bool) -> None:
     positions, hidden, vocabulary = 1500, 64, 8000
     with torch.device("meta"):
-        head = nn.Linear(hidden, vocabulary, bias=bias, dtype=torch.bfloat16)
+        head = nn.Linear(hidden, vocabulary, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     weight, states = torch.randn(vocabulary, hidden).bfloat16(), torch.randn(positions, hidden).bfloat16()
     states.requires_grad_()
     bias_V = torch.zeros(vocabulary).bfloat16() if bias else None
