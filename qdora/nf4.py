@@ -280,7 +280,7 @@ class NF4Weight(KeepsDtype):
 
 @contextmanager
 def _float32_by_default() -> Iterator[None]:
-    """bitsandbytes makes codes and offsets in torch's default dtype, and transformers changes that as it builds models."""
+    """bitsandbytes makes codes and offsets in torch's default dtype, which transformers changes as it builds models."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
