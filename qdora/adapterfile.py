@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qdora.config import ALL_LINEAR, AdapterConfig
+from qdora.config import ALL_LINEAR, OTHER_FORWARDS, AdapterConfig
 from qdora.errors import CheckpointError, ConfigError, reason, shown
 from qdora.kinship import Origin
 from qdora.shards import check_header
@@ -47,20 +47,8 @@ _PARTS = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",  # PEFT before 0.10
 }
-# What changes the forward in ways DoRALinear has not.
-_UNSUPPORTED = (
-    "target_parameters",
-    "trainable_token_indices",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-    "arrow_config",
-    "layer_replication",
-)
+# What is trained in other places than linears, or other layers.
+_UNSUPPORTED = ("target_parameters", "trainable_token_indices", *OTHER_FORWARDS, "layer_replication")
 # Initializations that leave the base weights as they are; others (PiSSA, OLoRA, CorDA, LoftQ, …) subtract the adapter
 # from the base, and the adapter means nothing on the base itself.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")

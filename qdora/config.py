@@ -12,9 +12,20 @@ from typing import TypeVar
 from qdora.errors import ConfigError, shown
 from qdora.patterns import check_pattern, matches
 
-__all__ = ["ALL_LINEAR", "AdapterConfig", "is_named", "short_name"]
+__all__ = ["ALL_LINEAR", "OTHER_FORWARDS", "AdapterConfig", "is_named", "short_name"]
 
 ALL_LINEAR = "all-linear"
+# What PEFT's configs may ask of a LoRA linear that changes its forward in ways DoRALinear has not.
+OTHER_FORWARDS = (
+    "lora_bias",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+    "arrow_config",
+)
 # The path of the experts, and the name of a linear in one of them.
 _ROUTED = re.compile(r"(.*\.experts|experts)\.\d+\.(.+)")
 _Number = TypeVar("_Number", int, float)

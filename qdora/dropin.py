@@ -11,21 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from qdora.config import OTHER_FORWARDS
 from qdora.errors import ConfigError
 
 __all__ = ["use_in_peft"]
-
-# What changes the forward in ways that the engine has not.
-_UNSUPPORTED = (
-    "lora_bias",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-    "arrow_config",
-)
 
 
 def use_in_peft(config: Any) -> Any:
@@ -48,7 +37,7 @@ def use_in_peft(config: Any) -> Any:
         raise ConfigError(f"use_in_peft needs PEFT: pip install 'qdora[peft]' ({error})") from None
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"use_in_peft takes a peft.LoraConfig, found {type(config).__name__}")
-    unsupported = [name for name in _UNSUPPORTED if getattr(config, name, None)]
+    unsupported = [name for name in OTHER_FORWARDS if getattr(config, name, None)]
     if unsupported:
         asked = ", ".join(unsupported)
         raise ConfigError(f"the config asks for {asked}, which qdora's engine has not; leave it to PEFT")
