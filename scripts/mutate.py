@@ -27,8 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Tests that start processes of their own: seconds each, and those processes import the package that is not mutated.
 DESELECTED = {"dora": ["test_two_processes_train_as_one"]}
-# Where a file's tests are, if they have not its name.
-TESTS = {"adapterfile": "checkpoint"}
+# Where a file's tests are, if they are not in the file of its name alone.
+TESTS = {"adapterfile": ["checkpoint", "whole"], "checkpoint": ["checkpoint", "whole", "kinship"]}
 # A test run that dies of a mutant has noticed it.
 KILLED = ("killed", "segfault")
 # The plugin `unraisableexception` collects garbage five times as pytest ends: a second for each mutant.
@@ -83,9 +83,10 @@ def furnish(workshop: Path, source: Path) -> None:
     shutil.copy2(ROOT / "pyproject.toml", workshop)
     text = (ROOT / source).read_text(encoding="utf-8")
     (workshop / source).write_text(write_out_decorators(text), encoding="utf-8")
-    tests = f"tests/test_{TESTS.get(source.stem, source.stem)}.py"
-    deselected = "".join(f"    --deselect\n    {tests}::{name}\n" for name in DESELECTED.get(source.stem, []))
-    settings = SETTINGS.format(source=source, tests=tests, deselected=deselected)
+    tests = [f"tests/test_{name}.py" for name in TESTS.get(source.stem, [source.stem])]
+    deselected = "".join(f"    --deselect\n    {tests[0]}::{name}\n" for name in DESELECTED.get(source.stem, []))
+    listed = "".join(f"\n    {path}" for path in tests)
+    settings = SETTINGS.format(source=source, tests=listed, deselected=deselected)
     (workshop / "setup.cfg").write_text(settings, encoding="utf-8")
 
 
