@@ -17,11 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qdora.config import ALL_LINEAR, OTHER_FORWARDS, AdapterConfig
+from qdora.config import ALL_LINEAR, OTHER_FORWARDS, AdapterConfig, ends_in
 from qdora.errors import CheckpointError, ConfigError, reason, shown
 from qdora.kinship import Origin
 from qdora.shards import check_header
-from qdora.whole import is_named
 
 __all__ = [
     "CONFIG_FILE",
@@ -181,11 +180,11 @@ def _taken_whole(tensors: dict[str, Tensor], config: AdapterConfig, directory: P
     for key in [key for key in tensors if names and not key.endswith(tuple(_PARTS))]:
         name = key.removeprefix(PREFIX)
         # Of a pair that stays tied PEFT's config names one, and its file holds both.
-        if config.ensure_weight_tying or is_named(name.rpartition(".")[0], names):
+        if config.ensure_weight_tying or any(ends_in(name.rpartition(".")[0], module) for module in names):
             whole[name] = tensors.pop(key)
             if not torch.isfinite(whole[name]).all():
                 raise CheckpointError(f"{directory} holds values that are not finite in {name!r}")
-    absent = [name for name in names if not any(is_named(key.rpartition(".")[0], [name]) for key in whole)]
+    absent = [name for name in names if not any(ends_in(key.rpartition(".")[0], name) for key in whole)]
     if absent:
         raise CheckpointError(f"{directory} names {absent[0]!r} in modules_to_save, and holds no weight of it")
     return whole

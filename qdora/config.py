@@ -12,7 +12,7 @@ from typing import TypeVar
 from qdora.errors import ConfigError, shown
 from qdora.patterns import check_pattern, matches
 
-__all__ = ["ALL_LINEAR", "OTHER_FORWARDS", "AdapterConfig", "is_named", "short_name"]
+__all__ = ["ALL_LINEAR", "OTHER_FORWARDS", "AdapterConfig", "ends_in", "is_named", "short_name"]
 
 ALL_LINEAR = "all-linear"
 # What PEFT's configs may ask of a LoRA linear that changes its forward in ways DoRALinear has not.
@@ -112,15 +112,20 @@ class AdapterConfig:
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+def ends_in(path: str, name: str) -> bool:
+    """Whether a dotted path is this name or ends in it, in whole parts."""
+    return path == name or path.endswith(f".{name}")
+
+
 def is_named(module: str, name: str) -> bool:
     """Whether a name of `target_modules` means the linear at this path."""
     routed = _ROUTED.fullmatch(module)
     if routed is None or module == name:
-        return module == name or module.endswith(f".{name}")
+        return ends_in(module, name)
     experts, linear = routed.groups()
     # The number in between is nobody's to write; and "up_proj" means the plain ones.
     means = "experts" in name.split(".")
-    return means and any(f".{path}".endswith(f".{name}") for path in (experts, f"{experts}.{linear}"))
+    return means and any(ends_in(path, name) for path in (experts, f"{experts}.{linear}"))
 
 
 def short_name(module: str) -> str:

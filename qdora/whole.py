@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qdora.config import ends_in
 from qdora.errors import ConfigError
 from qdora.nearest import did_you_mean
 
-__all__ = ["TrainedWhole", "is_named", "matching", "names_for_peft", "train_whole", "trained_whole"]
+__all__ = ["TrainedWhole", "matching", "names_for_peft", "train_whole", "trained_whole"]
 
 
 class TrainedWhole(nn.Module):
@@ -54,11 +55,6 @@ def trained_whole(model: nn.Module) -> dict[str, TrainedWhole]:
     return {path: module for path, module in model.named_modules() if isinstance(module, TrainedWhole)}
 
 
-def is_named(path: str, names: Iterable[str]) -> bool:
-    """Whether one of the names is the end of this path, as PEFT matches them (but whole parts of it)."""
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
 def names_for_peft(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     """Names that mean these modules to PEFT too, to which `norm` is the end of `input_layernorm`; else paths."""
     whole = trained_whole(model)
@@ -76,10 +72,10 @@ def matching(model: nn.Module, names: Iterable[str], tie: bool) -> list[str]:
     names = list(names)
     paths = [path for path, _ in model.named_modules() if path]
     for name in names:
-        if not any(is_named(path, [name]) for path in paths):
+        if not any(ends_in(path, name) for path in paths):
             known = sorted({path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()})
             raise ConfigError(f"modules_to_save names {name!r}, which is no module here{did_you_mean(name, known)}")
-    found = [path for path in paths if is_named(path, names)]
+    found = [path for path in paths if any(ends_in(path, name) for name in names)]
     for path in found:
         _check_plain(path, model.get_submodule(path))
     pair = _tied_pair(model)
