@@ -132,6 +132,8 @@ def _check_together(run: RunArguments, training: Any) -> None:
         raise ConfigError(
             "--activation_offloading keeps the inputs of recomputed layers; it needs gradient_checkpointing"
         )
+    if run.hold_outputs and not training.gradient_checkpointing:
+        raise ConfigError("--hold_outputs spares a part of the recompute; it needs gradient_checkpointing")
     if training.truncation_mode != "keep_start":
         raise ConfigError(
             f"--truncation_mode {training.truncation_mode}: long rows lose their end, only keep_start fits"

@@ -43,29 +43,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.checkpoint import _StopRecomputationError
 
 from qdora.base import BaseWeight, KeepsDtype
-from qdora.workspace import workspace_of
+from qdora.product import RowScale, adapted_product, frozen_product
 
-__all__ = ["DoRALinear", "FrozenLinear", "RowScale", "merge_rows"]
+__all__ = ["DoRALinear", "FrozenLinear", "RowScale", "count_step", "merge_rows"]
 
 _SMALLEST_SCALE = 2.0**-60
 
 _optimizer_steps = 0
 
 
-def _count_step(*_: Any) -> None:
+def count_step(*_: Any) -> None:
+    """Note that what trains has changed: called after every optimizer's step, whoever made the optimizer."""
     global _optimizer_steps
     _optimizer_steps += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(count_step)
 
 
 def merge_rows(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, magnitude_O: Tensor | None, scaling: float) -> Tensor:
@@ -80,64 +81,6 @@ def merge_rows(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, magnitude_O: Tensor | N
     return V_OI * torch.where(norm_O > 0, magnitude_O / norm_O, 1.0)[:, None]
 
 
-class RowScale(NamedTuple):
-    """c and what turns Σₜ g⊙y into the gradient of the magnitude, both (O,) fp32."""
-
-    scale: Tensor
-    """c = m/‖V‖."""
-    per_output: Tensor
-    """1 / (c·‖V‖), or 0 where ‖V‖ is 0."""
-
-
-class _AdaptedProduct(torch.autograd.Function):
-    """y = c ⊙ (x·Wᵀ + s·(z·Aᵀ)·Bᵀ), with gradients for x, z, A, B and the magnitude. Without a row scale c is 1 (LoRA).
-
-    z is x thinned out by dropout, or None if it is x itself: then one gradient is made where autograd would add two.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        z_TI: Tensor | None,
-        A_RI: Tensor,
-        B_OR: Tensor,
-        offset_O: Tensor | None,
-        base: BaseWeight,
-        row_scale: RowScale | None,
-        scaling: float,
-    ) -> Tensor:
-        c_O = None if row_scale is None else row_scale.scale
-        h_TR = (x_TI if z_TI is None else z_TI) @ A_RI.t().to(x_TI.dtype)
-        y_TO = base.linear(x_TI, c_O)
-        y_TO.addmm_(h_TR, _scaled(B_OR, c_O, scaling).to(h_TR.dtype).t())
-        keeps_output = offset_O is not None and ctx.needs_input_grad[4]
-        ctx.save_for_backward(
-            x_TI if z_TI is None else z_TI, h_TR, A_RI, B_OR, offset_O, y_TO if keeps_output else None
-        )
-        ctx.base, ctx.row_scale, ctx.scaling, ctx.thinned = base, row_scale, scaling, z_TI is not None
-        return y_TO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
-        z_TI, h_TR, A_RI, B_OR, offset_O, y_TO = ctx.saved_tensors
-        row_scale, scaling = ctx.row_scale, ctx.scaling
-        c_O = None if row_scale is None else row_scale.scale
-        needs_x, needs_z, needs_A, needs_B = ctx.needs_input_grad[:4]
-        dh_TR = g_TO @ _scaled(B_OR, c_O, scaling).to(g_TO.dtype)
-        dA_RI = (dh_TR.t() @ z_TI).to(A_RI.dtype) if needs_A else None
-        dB_OR = _scaled(g_TO.t() @ h_TR, c_O, scaling).to(B_OR.dtype) if needs_B else None
-        doffset_O = None
-        if y_TO is not None:
-            doffset_O = (_column_dots(g_TO, y_TO) * row_scale.per_output).to(offset_O.dtype)
-        dx_TI = ctx.base.linear_transposed(g_TO, c_O) if needs_x else None
-        dz_TI = dh_TR @ A_RI.to(dh_TR.dtype) if needs_z else None
-        if dx_TI is not None and not ctx.thinned:
-            dx_TI.addmm_(dh_TR, A_RI.to(dh_TR.dtype))
-        return dx_TI, dz_TI, dA_RI, dB_OR, doffset_O, None, None, None
-
-
 class FrozenLinear(nn.Module):
     """y = x·Wᵀ + bias over a frozen base weight, differentiable in x: a quantized linear without an adapter."""
 
@@ -150,22 +93,8 @@ class FrozenLinear(nn.Module):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         with _compute_dtype(x) as dtype:
-            y_TO = _FrozenProduct.apply(x.to(dtype).reshape(-1, self.in_features), self.base)
+            y_TO = frozen_product(x.to(dtype).reshape(-1, self.in_features), self.base)
             return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """y = x·Wᵀ, with the gradient for x."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, base: BaseWeight) -> Tensor:
-        ctx.base = base
-        return base.linear(x_TI)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor, None]:
-        return ctx.base.linear_transposed(g_TO), None
 
 
 class DoRALinear(nn.Module):
@@ -178,6 +107,11 @@ class DoRALinear(nn.Module):
         use_dora: False leaves the magnitude out: LoRA.
         dropout: on the input of the low-rank path, in training.
         dtype: of A, B and the magnitude offset.
+
+    With `hold_output` the output is not computed twice under gradient checkpointing where only the gradient of the
+    magnitude would wait for it: in the last linear of a decoder layer, mostly (not where a norm follows, as in Gemma).
+    Which linears those are, each learns in the first recompute, which ends in it; the first optimizer step after that
+    begins the holding, T × O values a linear. It changes no bit.
 
     Takes and returns (..., in_features) → (..., out_features) in the dtype of the input, or of autocast.
     """
@@ -198,6 +132,8 @@ class DoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.rank, self.scaling, self.use_dora = rank, scaling, use_dora
         self.enabled = True
+        self.hold_output = False
+        self._ended_recompute_at: int | None = None
         self.dropout = nn.Dropout(dropout)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=base.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=base.device))
@@ -219,10 +155,25 @@ class DoRALinear(nn.Module):
             if self.enabled:
                 z_TI = self.dropout(x_TI) if self.training and self.dropout.p > 0 else None
                 trained = (self.lora_A, self.lora_B, self.magnitude_offset)
-                y_TO = _AdaptedProduct.apply(x_TI, z_TI, *trained, self.base, self.row_scale(dtype), self.scaling)
+                row_scale = self.row_scale(dtype)
+                with self._noticing_the_end_of_a_recompute():
+                    y_TO = adapted_product(x_TI, z_TI, *trained, self.base, row_scale, self.scaling, self._holds())
             else:
-                y_TO = _FrozenProduct.apply(x_TI, self.base)
+                y_TO = frozen_product(x_TI, self.base)
             return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)
+
+    def _holds(self) -> bool:
+        """Whether the output is held since the forward; the same in a forward and its recompute."""
+        return self.hold_output and self._ended_recompute_at is not None and self._ended_recompute_at < _optimizer_steps
+
+    @contextmanager
+    def _noticing_the_end_of_a_recompute(self) -> Iterator[None]:
+        try:
+            yield
+        except _StopRecomputationError:
+            if self._ended_recompute_at is None:
+                self._ended_recompute_at = _optimizer_steps
+            raise
 
     def row_scale(self, dtype: torch.dtype = torch.float32) -> RowScale | None:
         """c and its companion for the adapter as it is now, computed at most once an optimizer step; None for LoRA.
@@ -314,22 +265,3 @@ def _compute_dtype(x: Tensor) -> Iterator[torch.dtype]:
 
 def _with_bias(y_TO: Tensor, bias_O: Tensor | None) -> Tensor:
     return y_TO if bias_O is None else y_TO + bias_O.to(y_TO.dtype)
-
-
-def _scaled(M_OR: Tensor, c_O: Tensor | None, scaling: float) -> Tensor:
-    """s·c ⊙ M, in fp32."""
-    scaled = M_OR.float() * scaling
-    return scaled if c_O is None else scaled.mul_(c_O[:, None])
-
-
-def _column_dots(a_TO: Tensor, b_TO: Tensor) -> Tensor:
-    """Σₜ a ⊙ b for each column, (O,) fp32, a few rows at a time so that no whole product exists.
-
-    bf16 factors are multiplied in bf16, which rounds each product as much as its factors were; fp16 would overflow.
-    """
-    dtype = torch.float32 if a_TO.dtype == torch.float16 else a_TO.dtype
-    rows = max(1, workspace_of(a_TO.device).reduce_bytes // (dtype.itemsize * a_TO.shape[1]))
-    total_O = torch.zeros(a_TO.shape[1], dtype=torch.float32, device=a_TO.device)
-    for a, b in zip(a_TO.split(rows), b_TO.split(rows), strict=True):
-        total_O += (a.to(dtype) * b).sum(dim=0)
-    return total_O

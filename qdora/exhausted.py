@@ -145,9 +145,10 @@ class Headroom:
             if plan.rows * plan.accumulation == asked.rows * asked.accumulation
             else ("; that is another batch, so that a resumed epoch goes on at other rows than it stopped at")
         )
+        held = " --hold_outputs false" if asked.hold_outputs and not plan.hold_outputs else ""
         return (
             f"of {format_bytes(room)} this plan takes {format_bytes(failed)}, and {format_bytes(need.device_bytes)} "
-            f"with {plan.flags()}{batch}"
+            f"with {plan.flags()}{held}{batch}"
         )
 
 

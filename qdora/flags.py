@@ -107,6 +107,10 @@ class RunArguments:
     stream_base: bool = field(
         default=False, metadata={"help": "leave base weights on the host, two layers at a time on the device"}
     )
+    hold_outputs: bool = field(
+        default=False,
+        metadata={"help": "hold what each layer computes last instead of computing it twice: faster, for more memory"},
+    )
     embedding_on_host: bool = field(default=False, metadata={"help": "leave the input embedding on the host"})
     loss_chunk_size: str = field(default="64MiB", metadata={"help": "of the fp32 logits that exist at once"})
     memory: str | None = field(default=None, metadata={"help": "make the run fit in this, such as 8GB"})

@@ -150,6 +150,12 @@ def adapt(model: nn.Module, path: str, config: AdapterConfig) -> None:
     model.set_submodule(path, layer.train(model.training))
 
 
+def hold_outputs(model: nn.Module, hold: bool = True) -> None:
+    """Let no linear be computed twice for the gradient of its magnitude alone (see `DoRALinear`), or let it again."""
+    for layer in adapted_linears(model).values():
+        layer.hold_output = hold
+
+
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within it the model computes as its base does, without its adapters."""

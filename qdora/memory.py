@@ -19,7 +19,7 @@ from torch import nn
 
 from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import ConfigError, reason
-from qdora.inject import adapted_linears, decoder_layers, freeze_dense
+from qdora.inject import adapted_linears, decoder_layers, freeze_dense, hold_outputs
 from qdora.optimizer import CompensatedAdamW
 from qdora.shards import format_bytes
 from qdora.simulate import Batch, Segment, StepTrace, cut, head_is_plain, simulate_loss, simulate_step, simulate_update
@@ -56,6 +56,7 @@ class Plan:
     accumulation: int
     """Micro-batches a step."""
     loss_chunk_bytes: int
+    hold_outputs: bool = False
     activation_offloading: bool = False
     embedding_on_host: bool = False
     stream_base: bool = False
@@ -67,7 +68,7 @@ class Plan:
             f"--gradient_accumulation_steps {self.accumulation}",
             f"--loss_chunk_size {self.loss_chunk_bytes // _GRANULE}MiB",
         ]
-        for name in ("activation_offloading", "embedding_on_host", "stream_base"):
+        for name in ("hold_outputs", "activation_offloading", "embedding_on_host", "stream_base"):
             if getattr(self, name):
                 flags.append(f"--{name} true")
         return " ".join(flags)
@@ -146,26 +147,34 @@ class MemoryModel:
         cut(self._small)
         with _said_by(self._model):
             self._lean_loss = run.lean_loss and head_is_plain(self._small)
-        self._traces: dict[int, StepTrace] = {}
+        self._traces: dict[tuple[int, bool], StepTrace] = {}
         self._losses: dict[tuple[int, int], int] = {}
         self._update: Segment | None = None
 
     def need(self, plan: Plan) -> Need:
         """What the plan takes, at its worst moment."""
-        trace = self._trace(plan.rows)
+        trace = self._trace(plan.rows, plan.hold_outputs)
         lasting = self._lasting(plan)
         worst = max(self._moments(trace, plan), key=lambda moment: moment.total)
         parts = {**lasting, "gradients": worst.gradients, "kept layer inputs": worst.inputs, worst.what: worst.own}
         return Need({name: size for name, size in parts.items() if size}, worst.when, self._waiting(plan, trace))
 
-    def _trace(self, rows: int) -> StepTrace:
-        if rows not in self._traces:
+    def _trace(self, rows: int, holds: bool = False) -> StepTrace:
+        key = (rows, holds)
+        if key not in self._traces:
             batch, workspace = self._run.batch(rows), self._run.workspace
+            hold_outputs(self._small, holds)
             with _said_by(self._model):
-                self._traces[rows] = simulate_step(
+                self._traces[key] = simulate_step(
                     self._small, batch, workspace, self._run.checkpointing, self._lean_loss
                 )
-        return self._traces[rows]
+        return self._traces[key]
+
+    def _held(self, plan: Plan) -> int:
+        """Bytes of the outputs that one layer holds."""
+        if not plan.hold_outputs:
+            return 0
+        return self._trace(plan.rows, True).kept_bytes - self._trace(plan.rows).kept_bytes
 
     def _loss(self, rows: int, chunk_bytes: int) -> int:
         key = (rows, chunk_bytes)
@@ -177,16 +186,16 @@ class MemoryModel:
     def _moments(self, trace: StepTrace, plan: Plan) -> Iterator[_Moment]:
         """Every moment of the step that may be its worst, for the whole depth."""
         layers, traced = len(self._layers), len(trace.forward)
-        kept, gradient = trace.kept_bytes, trace.gradient_bytes
+        kept, gradient, held = trace.kept_bytes, trace.gradient_bytes, self._held(plan)
         accumulates = plan.accumulation > 1
 
         def moment(when: str, what: str, segment: Segment, inputs: tuple[int, int], above: tuple[int, int]) -> _Moment:
             # (in the trace, in the whole model): inputs that are kept, and layers above that have gradients
             own = segment.peak - inputs[0] * kept - above[0] * gradient
-            on_device = min(inputs[1], 2) if plan.activation_offloading else inputs[1]
+            waiting = max(inputs[1] - 2, 0) if plan.activation_offloading else 0
             # Those of an earlier micro-batch; what the layer itself makes is its own.
             gradients = (layers - 1 if accumulates else above[1]) * gradient
-            return _Moment(when, what, own, on_device * kept, gradients)
+            return _Moment(when, what, own, inputs[1] * kept - waiting * (kept - held), gradients)
 
         last, whole = traced - 1, layers - 1
         forward, backward = "one layer's forward", "one layer's recompute and gradients"
@@ -235,7 +244,9 @@ class MemoryModel:
         parts = {
             "base weights": sum(self._streamed) if plan.stream_base else 0,
             "embedding": self._embedding_bytes if plan.embedding_on_host else 0,
-            "layer inputs": len(self._layers) * trace.kept_bytes if plan.activation_offloading else 0,
+            "layer inputs": len(self._layers) * (trace.kept_bytes - self._held(plan))
+            if plan.activation_offloading
+            else 0,
         }
         return {name: size for name, size in parts.items() if size}
 

@@ -1,7 +1,8 @@
 """The fastest way to make a training run fit.
 
-Plans are tried in the order of what they cost: as asked; smaller loss chunks; layer inputs on the host; the embedding
-on the host; smaller micro-batches, more of them a step; and at last the base weights streamed from the host.
+Plans are tried in the order of what they cost: as asked; smaller loss chunks; no outputs held; layer inputs on the
+host; the embedding on the host; smaller micro-batches, more of them a step; and at last the base weights streamed from
+the host.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def asked_plan(run: RunArguments, training: Any) -> Plan:
         rows=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
         loss_chunk_bytes=parse_size(run.loss_chunk_size),
+        hold_outputs=run.hold_outputs,
         activation_offloading=training.activation_offloading,
         embedding_on_host=run.embedding_on_host,
         stream_base=run.stream_base,
@@ -90,6 +92,7 @@ def adopt(plan: Plan, run: RunArguments, training: Any) -> None:
     training.gradient_accumulation_steps = plan.accumulation
     training.activation_offloading = plan.activation_offloading
     run.loss_chunk_size = str(plan.loss_chunk_bytes)
+    run.hold_outputs = plan.hold_outputs
     run.embedding_on_host, run.stream_base = plan.embedding_on_host, plan.stream_base
 
 
@@ -138,7 +141,7 @@ def choose(reckoned: MemoryModel, asked: Plan, limit_bytes: int) -> tuple[Plan, 
 
 def _relaxed(reckoned: MemoryModel, plan: Plan, asked: Plan, limit_bytes: int) -> Plan:
     """The plan without those of its savings that turn out not to be needed."""
-    for name in ("loss_chunk_bytes", "activation_offloading", "embedding_on_host"):
+    for name in ("loss_chunk_bytes", "hold_outputs", "activation_offloading", "embedding_on_host"):
         without = replace(plan, **{name: getattr(asked, name)})
         if reckoned.need(without).device_bytes <= limit_bytes:
             plan = without
@@ -164,6 +167,9 @@ def _same_batch(plan: Plan, reckoned: MemoryModel) -> Iterator[Plan]:
         if chunk < plan.loss_chunk_bytes:
             plan = replace(plan, loss_chunk_bytes=chunk)
             yield plan
+    if plan.hold_outputs:
+        plan = replace(plan, hold_outputs=False)
+        yield plan
     if reckoned.can_offload_inputs and not plan.activation_offloading:
         plan = replace(plan, activation_offloading=True)
         yield plan

@@ -73,6 +73,7 @@ training, by Hugging Face's names:
 memory:
   --memory                       make the run fit in this, such as 8GB
   --stream_base                  base weights on the host, all but two layers
+  --hold_outputs                 faster DoRA, for one more tensor a layer
   --dry_run                      print what the run needs, and stop
 
 `qdora train --help_all` lists every flag there is."""
@@ -91,7 +92,8 @@ without weights or a GPU.
   --gradient_accumulation_steps  micro-batches a step [1]
   --lora_r, --lora_target_modules, --use_dora, --optim, --packing, ...
                                  as in `qdora train`
-  --activation_offloading, --embedding_on_host, --stream_base, --loss_chunk_size
+  --activation_offloading, --embedding_on_host, --stream_base, --loss_chunk_size,
+  --hold_outputs
                                  what a plan is made of, if you choose yourself
   --use_cpu true                 reckon for the CPU instead of an accelerator
 

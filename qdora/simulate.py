@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qdora.dora import count_step
 from qdora.experts import RoutedExperts, most_uneven, uneven_for_all
 from qdora.inject import decoder_layers
 from qdora.loss import summed_nll
@@ -108,6 +109,7 @@ def simulate_step(
             step.run()  # makes what stays for good
             for parameter in trained:
                 parameter.grad = None
+            count_step()
             step.run()
             return step.trace(sum(p.nbytes for p in trained) // len(decoder_layers(model)))
 

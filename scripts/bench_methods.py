@@ -1,8 +1,13 @@
 """The contestants of `bench_step.py`: one optimizer step by each method, and the shapes they are run on.
 
-Every method gets the same model, loss (chunked, from the last hidden states), AdamW and non-reentrant checkpointing of
-each decoder layer; adapters in bf16 on all linears, no dropout. PEFT gets its fastest settings: no fp32 upcast of the
-adapters (`autocast_adapter_dtype=False`) and no `prepare_model_for_kbit_training`, which upcasts everything 16-bit.
+Every method but the last two gets the same model, loss (chunked, from the last hidden states), AdamW and non-reentrant
+checkpointing of each decoder layer; adapters in bf16 on all linears, no dropout. PEFT gets its fastest settings: no
+fp32 upcast of the adapters (`autocast_adapter_dtype=False`) and no `prepare_model_for_kbit_training`, which upcasts
+everything that is in 16 bits.
+
+The last two are bounds. "dense, no adapters" is the same step of the same model in bf16, with adapters of rank 1 on the
+first layer's q, k and v only, so that gradients flow as they must: what any method does, and nothing of its own. The
+matmul floor is the large products of that, alone.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qdora
-from qdora.inject import attach
+from qdora.inject import attach, hold_outputs
 from qdora.loader import nf4_config
 from qdora.loss import answer_loss
 from qdora.nf4 import quantize_nf4
@@ -26,12 +31,14 @@ from qdora.shards import ShardWriter
 
 METHODS = {
     "qdora QDoRA": ("qdora", "nf4", True),
+    "qdora QDoRA, held": ("qdora holding", "nf4", True),
     "qdora QLoRA": ("qdora", "nf4", False),
     "qdora DoRA dense": ("qdora", "dense", True),
     "qdora LoRA dense": ("qdora", "dense", False),
     "PEFT QDoRA": ("peft", "nf4", True),
     "PEFT QLoRA": ("peft", "nf4", False),
     "PEFT LoRA dense": ("peft", "dense", False),
+    "dense, no adapters": ("bare", "dense", False),
     "matmul floor": ("floor", "dense", False),
 }
 Step = Callable[[], float]
@@ -131,14 +138,20 @@ def prepare(method: str, workload: Workload, directory: Path, rank: int, device:
     ids = torch.randint(0, workload.vocabulary, (workload.batch, workload.length), device=device)
     if engine == "floor":
         return lambda: _floor(workload, device)
-    if engine == "qdora":
+    if engine.startswith("qdora"):
         model = qdora.load_model(directory, device=device, load_in_4bit=False)
     else:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map={"": device})
     model.requires_grad_(False)
 
     def adapt() -> Step:
-        adapted = _with_qdora(model, rank, use_dora) if engine == "qdora" else _with_peft(model, rank, use_dora)
+        if engine == "bare":
+            adapted = _with_peft(model, 1, use_dora, target_modules=r".*layers\.0\.self_attn\.[qkv]_proj")
+        elif engine == "peft":
+            adapted = _with_peft(model, rank, use_dora)
+        else:
+            adapted = _with_qdora(model, rank, use_dora)
+            hold_outputs(model, engine == "qdora holding")
         return training_step(adapted, model, ids)
 
     return adapt
@@ -149,10 +162,10 @@ def _with_qdora(model: Any, rank: int, use_dora: bool) -> nn.Module:
     return model
 
 
-def _with_peft(model: Any, rank: int, use_dora: bool) -> nn.Module:
+def _with_peft(model: Any, rank: int, use_dora: bool, target_modules: str = "all-linear") -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=use_dora, target_modules="all-linear")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=use_dora, target_modules=target_modules)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:

@@ -2,6 +2,8 @@
 
     scripts/mutate.sh qdora/nf4.py             every mutant of the file, against tests/test_nf4.py
     scripts/mutate.sh qdora/nf4.py --again     only those that lived, of the source as it was, after tests were added
+    scripts/mutate.sh FILE --first             against the first of its test files alone, where it has several: most
+                                               mutants die there and soon; --again shows the others all of the tests
 
 It works in runs/mutation, on a copy of the tree. A mutant that no test kills is printed with its line, to be read: it
 is a gap in the tests, or it changes nothing that could be seen.
@@ -54,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="qdora/NAME.py or qdora/verbs/NAME.py")
     parser.add_argument("--again", action="store_true", help="only what lived the last time")
+    parser.add_argument("--first", action="store_true", help="against the first of its test files alone")
     arguments = parser.parse_args()
     source: Path = arguments.source
     workshop = ROOT / "runs" / "mutation" / source.stem
@@ -64,9 +67,11 @@ def main() -> None:
     names = []
     if arguments.again:
         names = [name for name, status in statuses(workshop).items() if status not in KILLED]
-        refresh_tests(workshop)
+        shutil.copytree(ROOT / "tests", workshop / "tests", dirs_exist_ok=True)
     else:
         furnish(workshop, source)
+    names_of_tests = TESTS.get(source.stem, [source.stem])
+    configure(workshop, source, names_of_tests[:1] if arguments.first else names_of_tests)
     if names or not arguments.again:
         with (workshop / "progress.txt").open("w") as file:
             progress = None if sys.stdout.isatty() else file
@@ -83,15 +88,15 @@ def furnish(workshop: Path, source: Path) -> None:
     shutil.copy2(ROOT / "pyproject.toml", workshop)
     text = (ROOT / source).read_text(encoding="utf-8")
     (workshop / source).write_text(write_out_decorators(text), encoding="utf-8")
-    tests = [f"tests/test_{name}.py" for name in TESTS.get(source.stem, [source.stem])]
+
+
+def configure(workshop: Path, source: Path, names: list[str]) -> None:
+    """Tell mutmut what to change and which tests to run."""
+    tests = [f"tests/test_{name}.py" for name in names]
     deselected = "".join(f"    --deselect\n    {tests[0]}::{name}\n" for name in DESELECTED.get(source.stem, []))
     listed = "".join(f"\n    {path}" for path in tests)
     settings = SETTINGS.format(source=source, tests=listed, deselected=deselected)
     (workshop / "setup.cfg").write_text(settings, encoding="utf-8")
-
-
-def refresh_tests(workshop: Path) -> None:
-    shutil.copytree(ROOT / "tests", workshop / "tests", dirs_exist_ok=True)
 
 
 def write_out_decorators(text: str) -> str:

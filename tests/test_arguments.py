@@ -69,6 +69,7 @@ def test_flags_of() -> None:
         ([*NEEDED, "--lora_r"], "expected one argument"),
         ([*NEEDED, "stray"], "stray"),
         ([*NEEDED, "--eval_strategy", "often"], "often"),
+        ([*NEEDED, "--hold_outputs", "true", "--gradient_checkpointing", "false"], "--hold_outputs spares a part of"),
         (["absent.yaml"], "no config file at absent.yaml"),
     ],
 )

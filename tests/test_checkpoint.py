@@ -7,6 +7,7 @@ bitsandbytes' own 4-bit linears: 5e-2, twice the distance that PEFT itself, in b
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -183,12 +184,14 @@ def test_damaged_adapters(
 def test_what_is_no_adapter(tiny: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="found a model directory"):
         read_adapter(tiny)
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(
+        CheckpointError, match=r"absent is not an adapter: expected adapter_config.json, found no such file$"
+    ):
         read_adapter(tmp_path / "absent")
     broken = tmp_path / "broken"
     shutil.copytree(tiny_adapter, broken)
     (broken / WEIGHTS_FILE).write_bytes((broken / WEIGHTS_FILE).read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match="missing or damaged"):
+    with pytest.raises(CheckpointError, match=r"missing or damaged: .*invalid header|missing or damaged: .*incomplete"):
         read_adapter(broken)
     (broken / CONFIG_FILE).write_text("[")
     with pytest.raises(CheckpointError, match="not readable JSON"):
@@ -202,7 +205,9 @@ def test_an_adapter_for_another_model(tiny_nf4: Path, tiny_adapter: Path, tmp_pa
     with pytest.raises(CheckpointError, match=r"another model: .*down_proj is 128×192 here and 64×192 in the adapter"):
         qdora.load_model(other, adapter=tiny_adapter)
     shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
-    with pytest.raises(CheckpointError, match="not a linear here"):
+    name, made_for = "model.layers.1.mlp.down_proj", read_adapter(tiny_adapter).base_model
+    end = f"it adapts {name!r}, which is not a linear here; it was made for {made_for!r}"
+    with pytest.raises(CheckpointError, match=f"{re.escape(end)}$"):
         qdora.load_model(shallow, adapter=tiny_adapter)
     model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=8))
     with pytest.raises(CheckpointError, match="rank 8 here and 4"):
@@ -211,12 +216,34 @@ def test_an_adapter_for_another_model(tiny_nf4: Path, tiny_adapter: Path, tmp_pa
     with pytest.raises(CheckpointError, match="is scaled by 4 here and by 2 in the adapter"):
         qdora.load_adapter(model, tiny_adapter)
     model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, alpha=8, target_modules=("q_proj",)))
-    with pytest.raises(CheckpointError, match="adapts other linears"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"{re.escape(str(tiny_adapter))} adapts other linears than the model does, first 'model.layers.0.mlp.d",
+    ):
         qdora.load_adapter(model, tiny_adapter)
 
 
+def test_whom_an_adapter_was_made_for_is_said_if_it_is_known(tiny_adapter: Path) -> None:
+    linear = next(iter(read_adapter(tiny_adapter).linears.values()))
+    for base, end in (("org/model", ", which was made for 'org/model'$"), (None, r"\d in the adapter$")):
+        with pytest.raises(CheckpointError, match=end):
+            linear.check_shape("here", 3, 5, base)
+
+
+def test_damaged_offsets_are_named(tiny_nf4: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4))
+    qdora.save_adapter(model, tmp_path, exact_offsets=True)
+    (tmp_path / OFFSETS_FILE).write_bytes(b"short")
+    with pytest.raises(CheckpointError, match=rf"{OFFSETS_FILE} is damaged: .*header"):
+        qdora.load_model(tiny_nf4, adapter=tmp_path)
+    (tmp_path / OFFSETS_FILE).unlink()
+    (tmp_path / WEIGHTS_FILE).unlink()
+    with pytest.raises(CheckpointError, match=f"holds no {WEIGHTS_FILE}; download or write it again$"):
+        read_adapter(tmp_path)
+
+
 def test_nothing_to_save(tiny_nf4: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no adapters to save"):
+    with pytest.raises(ConfigError, match=r"^the model has no adapters to save; attach some with load_model"):
         qdora.save_adapter(qdora.load_model(tiny_nf4), tmp_path)
 
 
@@ -288,7 +315,9 @@ def test_pickled_adapters_and_whole_numbers(tiny_adapter: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="holds whole numbers"):
         read_adapter(adapter)
     (adapter / WEIGHTS_FILE).rename(adapter / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match="a pickle, which runs code when opened"):
+    with pytest.raises(
+        CheckpointError, match=r"a pickle, which runs code when opened; convert it to safetensors first$"
+    ):
         read_adapter(adapter)
 
 

@@ -18,6 +18,7 @@ from qdora.arguments import flags_of, parse_train
 from qdora.dora import DoRALinear
 from qdora.errors import out_of_memory
 from qdora.exhausted import Headroom
+from qdora.memory import Plan
 from qdora.nf4 import NF4Weight
 from qdora.optimizer import CompensatedAdamW
 from tests.conftest import make_model
@@ -141,6 +142,14 @@ def test_the_flags_are_the_planner_s(tiny_nf4: Path, monkeypatch: pytest.MonkeyP
     assert "nothing fits in 10 kB: the least is" in headroom(tiny_nf4, 10**4, monkeypatch).advice()
     odd = headroom(tiny_nf4, 10**9, monkeypatch, per_device_train_batch_size=5, loss_chunk_size="4MiB").advice()
     assert "that is another batch" in odd
+    assert "--hold_outputs" not in odd
+
+
+def test_what_is_to_be_left_out_is_said(tiny_nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = headroom(tiny_nf4, 10**9, monkeypatch, hold_outputs=True)
+    without = Plan(rows=8, accumulation=1, loss_chunk_bytes=2**20)
+    monkeypatch.setattr(exhausted, "choose", lambda reckoned, *_: (without, reckoned.need(without)))
+    assert asked.advice().endswith("--loss_chunk_size 1MiB --hold_outputs false")
 
 
 def test_another_micro_batch_goes_on_at_the_same_row(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:

@@ -84,6 +84,17 @@ def test_what_each_saving_saves(memory: MemoryModel) -> None:
     assert "on the host" in str(spared)
 
 
+def test_held_outputs_stay_on_the_device(path: Path) -> None:
+    """One output of each layer's last linear, in bf16; the layers' inputs may wait on the host."""
+    memory, layer = reckoned(path, length=512), 2 * 512 * 64 * 2
+    here, holding = (replace(PLAN, hold_outputs=hold) for hold in (False, True))
+    grown = memory.need(holding).device_bytes - memory.need(here).device_bytes
+    assert 6 * layer <= grown <= 8 * layer  # of eight: at the worst moment one or two may be spent
+    parked = [memory.need(replace(plan, activation_offloading=True)) for plan in (here, holding)]
+    assert parked[0].host_parts == parked[1].host_parts == {"layer inputs": 8 * layer}
+    assert 6 * layer <= parked[1].device_bytes - parked[0].device_bytes <= 8 * layer
+
+
 def test_the_head_s_own_weight_cannot_be_spared(tiny: Path) -> None:
     memory = reckoned(tiny)
     assert not memory.can_spare_embedding

@@ -30,6 +30,7 @@ class MadeUp:
             "rows": plan.rows * (70 if plan.activation_offloading else 100),
             "loss": plan.loss_chunk_bytes // MB * 2,
             "embedding": 0 if plan.embedding_on_host else 50,
+            "outputs": 30 * plan.rows * plan.hold_outputs,
         }
         return Need(parts, "always", {})
 
@@ -71,6 +72,17 @@ def test_what_turns_out_not_to_be_needed_is_left_out() -> None:
 def test_what_was_asked_for_stays() -> None:
     asked = Plan(rows=2, accumulation=1, loss_chunk_bytes=4 * MB, stream_base=True, activation_offloading=True)
     assert choose(MadeUp(), asked, 10**6)[0] == asked
+
+
+def test_held_outputs_are_let_go_after_the_chunks_shrink() -> None:
+    asked = replace(ASKED, hold_outputs=True)
+    for limit, changes in (
+        (1698, {}),
+        (1697, {"loss_chunk_bytes": 16 * MB}),
+        (1601, {"loss_chunk_bytes": 4 * MB}),
+        (1577, {"loss_chunk_bytes": 4 * MB, "hold_outputs": False}),
+    ):
+        assert choose(MadeUp(), asked, limit)[0] == replace(asked, **changes)
 
 
 def test_an_uneven_batch_keeps_at_least_its_rows() -> None:

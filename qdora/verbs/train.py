@@ -33,6 +33,7 @@ from qdora.exhausted import Headroom, memory_explained
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
 from qdora.hub import take_destination
+from qdora.inject import hold_outputs
 from qdora.lock import locked
 from qdora.model import load_model, trainable_parameters
 from qdora.movement import MovementWatch
@@ -137,6 +138,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     with memory_explained("while the model was loaded", headroom):
         model = _load(run, training, adapter, sharding)
     freeze_part(model, run.freeze)
+    hold_outputs(model, run.hold_outputs)
     say(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {_places(training, sharding)}")
     meant = Intention.of(run, training, need)
     request = StopRequest()
