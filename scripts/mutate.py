@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import re
 import shutil
@@ -31,6 +32,8 @@ ROOT = Path(__file__).parents[1]
 DESELECTED = {"dora": ["test_two_processes_train_as_one"]}
 # Where a file's tests are, if they are not in the file of its name alone.
 TESTS = {"adapterfile": ["checkpoint", "whole"], "checkpoint": ["checkpoint", "whole", "kinship"]}
+# What became of each mutant, over all runs on one copy of the source.
+FOUND = "found.json"
 # A test run that dies of a mutant has noticed it.
 KILLED = ("killed", "segfault")
 # The plugin `unraisableexception` collects garbage five times as pytest ends: a second for each mutant.
@@ -62,22 +65,27 @@ def main() -> None:
     workshop = ROOT / "runs" / "mutation" / source.stem
     if not (ROOT / source).is_file():
         parser.error(f"{source} is no file; name one from the root of the repository, such as qdora/nf4.py")
-    if arguments.again and not workshop.is_dir():
+    if arguments.again and not (workshop / FOUND).is_file():
         parser.error("nothing lived yet; run it without --again first")
-    names = []
+    known: dict[str, str] = {}
     if arguments.again:
-        names = [name for name, status in statuses(workshop).items() if status not in KILLED]
+        known = json.loads((workshop / FOUND).read_text(encoding="utf-8"))
         shutil.copytree(ROOT / "tests", workshop / "tests", dirs_exist_ok=True)
     else:
         furnish(workshop, source)
-    names_of_tests = TESTS.get(source.stem, [source.stem])
-    configure(workshop, source, names_of_tests[:1] if arguments.first else names_of_tests)
-    if names or not arguments.again:
+    tests = TESTS.get(source.stem, [source.stem])
+    configure(workshop, source, tests[:1] if arguments.first else tests)
+    lived = [name for name, status in known.items() if status not in KILLED]
+    if lived or not arguments.again:
         with (workshop / "progress.txt").open("w") as file:
             progress = None if sys.stdout.isatty() else file
-            run = mutmut("run", "--max-children", "1", *names)
+            run = mutmut("run", "--max-children", "1", *lived)
             subprocess.run(run, cwd=workshop, check=True, env=environment(), stdout=progress)
-    report(workshop, source)
+        # With other tests mutmut takes all that it knew for stale.
+        now = statuses(workshop)
+        known |= {name: now[name] for name in lived or now}
+        (workshop / FOUND).write_text(json.dumps(known, indent=1), encoding="utf-8")
+    report(workshop, source, known)
 
 
 def furnish(workshop: Path, source: Path) -> None:
@@ -124,9 +132,8 @@ def functions_of(tree: ast.Module) -> list[ast.FunctionDef]:
     return [node for body in bodies for node in body if isinstance(node, ast.FunctionDef)]
 
 
-def report(workshop: Path, source: Path) -> None:
+def report(workshop: Path, source: Path, found: dict[str, str]) -> None:
     """Print the counts and, by line, what was not killed."""
-    found = statuses(workshop)
     counts = Counter(found.values())
     print(f"\n{source}: {len(found)} mutants, {', '.join(f'{count} {status}' for status, count in counts.items())}")
     starts = {plain(name): line for name, line in lines_of(source).items()}

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
 from qdora.adapterfile import CONFIG_FILE, OFFSETS_FILE, WEIGHTS_FILE, loads_in_4bit, read_adapter
+from qdora.checkpoint import _target_names
 from qdora.inject import adapted_linears, linear_paths
 from qdora.shards import ShardReader, fingerprint
 from tests.conftest import disturb
@@ -102,6 +103,8 @@ def test_round_trip_keeps_every_bit_with_offsets(tiny_nf4: Path, tmp_path: Path)
     qdora.save_adapter(model, tmp_path / "plain")
     assert (tmp_path / "exact" / OFFSETS_FILE).is_file()
     assert not (tmp_path / "plain" / OFFSETS_FILE).exists()
+    with safe_open(tmp_path / "exact" / OFFSETS_FILE, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
     exact = qdora.load_model(tiny_nf4, adapter=tmp_path / "exact")
     plain = qdora.load_model(tiny_nf4, adapter=tmp_path / "plain")
     for path, layer in adapted_linears(model).items():
@@ -202,7 +205,9 @@ def test_an_adapter_for_another_model(tiny_nf4: Path, tiny_adapter: Path, tmp_pa
     from tests.conftest import make_model
 
     other = make_model(tmp_path / "other", hidden_size=128)
-    with pytest.raises(CheckpointError, match=r"another model: .*down_proj is 128×192 here and 64×192 in the adapter"):
+    with pytest.raises(
+        CheckpointError, match=r"another model: .*down_proj is 128×192 here and 64×192 in .* made for '"
+    ):
         qdora.load_model(other, adapter=tiny_adapter)
     shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
     name, made_for = "model.layers.1.mlp.down_proj", read_adapter(tiny_adapter).base_model
@@ -213,7 +218,9 @@ def test_an_adapter_for_another_model(tiny_nf4: Path, tiny_adapter: Path, tmp_pa
     with pytest.raises(CheckpointError, match="rank 8 here and 4"):
         qdora.load_adapter(model, tiny_adapter)
     model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, alpha=16))
-    with pytest.raises(CheckpointError, match="is scaled by 4 here and by 2 in the adapter"):
+    with pytest.raises(
+        CheckpointError, match=r"by 4 here and by 2 in the adapter; keep the rank, alpha and rsLoRA that .*h$"
+    ):
         qdora.load_adapter(model, tiny_adapter)
     model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4, alpha=8, target_modules=("q_proj",)))
     with pytest.raises(
@@ -240,6 +247,29 @@ def test_damaged_offsets_are_named(tiny_nf4: Path, tmp_path: Path) -> None:
     (tmp_path / WEIGHTS_FILE).unlink()
     with pytest.raises(CheckpointError, match=f"holds no {WEIGHTS_FILE}; download or write it again$"):
         read_adapter(tmp_path)
+
+
+def test_an_adapter_of_some_of_the_linears_that_its_config_names(
+    tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(tiny_adapter, tmp_path / "some")
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    save_file({key: tensor for key, tensor in tensors.items() if "layers.0" in key}, adapter / WEIGHTS_FILE)
+    model = qdora.load_model(tiny_nf4, adapter)
+    assert set(adapted_linears(model)) == {path for path in linear_paths(model) if "layers.0" in path}
+    assert model.qdora_adapter.target_modules == tuple(sorted(adapted_linears(model)))
+
+
+def test_the_shortest_names_that_mean_just_these() -> None:
+    experts = [f"layers.{layer}.mlp.experts.{number}.up_proj" for layer in (0, 1) for number in (0, 1)]
+    linears = ["layers.0.q_proj", "layers.1.q_proj", "layers.0.up_proj", *experts]
+    by_expression = AdapterConfig(target_modules=r".*experts.*")
+    assert _target_names(by_expression, experts, linears) == ("experts.up_proj",)
+    assert _target_names(by_expression, experts, linears, keep_all=True) == r".*experts.*"
+    by_name = AdapterConfig(target_modules=("q_proj", "nothing"))
+    assert _target_names(by_name, linears[:2], linears) == ("q_proj", "nothing")
+    assert _target_names(AdapterConfig(), linears[:2], linears[:2]) == ("q_proj",)
+    assert _target_names(by_name, linears[:1], linears) == ("layers.0.q_proj",)
 
 
 def test_nothing_to_save(tiny_nf4: Path, tmp_path: Path) -> None:
@@ -272,13 +302,14 @@ def test_what_changes_the_forward_in_other_ways_is_refused(
 
 def test_the_kind_of_base_is_recorded(tiny: Path, tiny_nf4: Path, tmp_path: Path) -> None:
     qdora.quantize(tiny, tmp_path / "single", double_quant=False)
-    for base, load_in_4bit, kind in [
-        (tiny_nf4, True, "nf4"),
-        (tiny, True, "nf4"),
-        (tiny, False, "dense"),
-        (tmp_path / "single", True, "nf4-custom"),
+    for base, settings, kind in [
+        (tiny_nf4, {}, "nf4"),
+        (tiny_nf4, {"stream_base": True}, "nf4"),
+        (tiny, {"load_in_4bit": True}, "nf4"),
+        (tiny, {"load_in_4bit": False}, "dense"),
+        (tmp_path / "single", {}, "nf4-custom"),
     ]:
-        model = qdora.load_model(base, adapter=AdapterConfig(rank=2), load_in_4bit=load_in_4bit)
+        model = qdora.load_model(base, adapter=AdapterConfig(rank=2), **settings)
         qdora.save_adapter(model, tmp_path / "a")
         assert read_adapter(tmp_path / "a").base_kind == kind
 
@@ -381,7 +412,7 @@ def test_another_process_writes(tiny_nf4: Path, tmp_path: Path) -> None:
 ALL_NAMES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 
 
-def test_what_a_config_need_not_say(tiny_adapter: Path, tmp_path: Path) -> None:
+def test_what_a_config_need_not_say(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     shutil.copytree(tiny_adapter, path)
     sparse = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True}
@@ -390,11 +421,12 @@ def test_what_a_config_need_not_say(tiny_adapter: Path, tmp_path: Path) -> None:
         read = read_adapter(path)
         assert read.config == AdapterConfig(rank=4, alpha=8)
         assert read.base_model is None
+        assert qdora.load_model(tiny_nf4, path).qdora_adapter == read.config
     for init in (True, False, None, "gaussian", "eva", "orthogonal"):
         (path / CONFIG_FILE).write_text(json.dumps({**sparse, "init_lora_weights": init}))
         assert read_adapter(path).config.rank == 4
     (path / CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
-    with pytest.raises(CheckpointError, match=r"has the parts A, B, magnitude; with use_dora=False it needs A, B$"):
+    with pytest.raises(CheckpointError, match=r"sparse: .* has the parts A, B, magnitude; .*=False it needs A, B$"):
         read_adapter(path)
     for name in ("r", "lora_alpha"):
         (path / CONFIG_FILE).write_text(json.dumps({key: value for key, value in sparse.items() if key != name}))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import qdora
 from qdora import AdapterConfig, CheckpointError
 from qdora.adapterfile import WEIGHTS_FILE, read_adapter
-from qdora.kinship import QUANTIZE_RECORD, Kinship, Origin, kinship
+from qdora.kinship import QUANTIZE_RECORD, Kinship, Origin, _say_once, kinship
 from tests.conftest import disturb, make_model
 
 SHARED = {"num_hidden_layers": 1, "num_key_value_heads": 2}
@@ -52,6 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.WARNING, logger="qdora")
+    _say_once.cache_clear()
     return caplog
 
 
@@ -92,6 +93,27 @@ def test_other_weights_are_refused_everywhere(place: Path, tmp_path: Path, adapt
     with pytest.raises(CheckpointError, match="was not trained on"):
         qdora.merge(*pair, tmp_path / "out", verify=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_loaded_later_is_refused_too(place: Path, said: pytest.LogCaptureFixture) -> None:
+    model = qdora.load_model(place / "other-nf4")
+    with pytest.raises(CheckpointError, match=r"^\S+on-nf4 was not trained on \S+other-nf4: the weights of "):
+        qdora.load_adapter(model, place / "on-nf4")
+    model = qdora.load_model(place / "other-nf4")
+    qdora.load_adapter(model, place / "on-nf4", allow_other_base=True)
+    (record,) = said.records
+    assert "on-nf4 on " in record.message
+    assert "other-nf4: " in record.message
+
+
+def test_a_probe_of_what_is_not_adapted_is_passed_over(place: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(place / "on-nf4", tmp_path / "adapter")
+    file = adapter / WEIGHTS_FILE
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    metadata = {"qdora_base": metadata["qdora_base"], "qdora_base_probe": json.dumps({"elsewhere": [1.0] * 16})}
+    save_file(load_file(file), file, metadata)
+    qdora.load_model(place / "model-nf4", adapter)
 
 
 def test_evaluate_and_chat_refuse_too(place: Path, pairs_file: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
-from qdora.adapterfile import CONFIG_FILE, WEIGHTS_FILE
+from qdora.adapterfile import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from qdora.loss import answer_loss
 from qdora.whole import trained_whole
 from tests.conftest import make_model
@@ -187,6 +187,39 @@ def test_refusals(tiny_nf4: Path, untied_nf4: Path, tmp_path: Path) -> None:
     other = qdora.load_model(untied_nf4, AdapterConfig())
     with pytest.raises(CheckpointError, match=r"trained other modules whole .* first 'lm_head.weight'"):
         qdora.load_adapter(other, tmp_path)
+
+
+def test_damaged_files_are_named(untied_nf4: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(untied_nf4, AdapterConfig(modules_to_save=("lm_head",)))
+    adapter = tmp_path / "damaged"
+    qdora.save_adapter(model, adapter)
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    key = next(key for key in tensors if "lm_head" in key)
+    save_file({**tensors, key: tensors[key] / 0}, adapter / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=r"damaged holds values that are not finite in 'lm_head\.weight'$"):
+        read_adapter(adapter)
+    save_file({name: tensor for name, tensor in tensors.items() if name != key}, adapter / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match="damaged names 'lm_head' in modules_to_save, and holds no weight of it"):
+        read_adapter(adapter)
+
+
+def test_a_head_of_another_size_is_refused(untied_nf4: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(untied_nf4, AdapterConfig(modules_to_save=("lm_head",)))
+    qdora.save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    key = next(key for key in tensors if "lm_head" in key)
+    save_file({**tensors, key: tensors[key][:7, :5].contiguous()}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is \(400, 64\) here and \(7, 5\) in the adapter"):
+        qdora.load_adapter(model, tmp_path)
+
+
+def test_a_config_that_says_nothing_of_tying_ties_nothing(untied_nf4: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(untied_nf4, AdapterConfig(modules_to_save=("lm_head",)))
+    qdora.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    config.pop("ensure_weight_tying", None)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    assert not read_adapter(tmp_path).config.ensure_weight_tying
 
 
 def test_beside_a_streamed_base(untied_nf4: Path) -> None:
