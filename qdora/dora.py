@@ -48,7 +48,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.checkpoint import _StopRecomputationError
 
 from qdora.base import BaseWeight, KeepsDtype
 from qdora.product import RowScale, adapted_product, frozen_product
@@ -61,7 +60,7 @@ _optimizer_steps = 0
 
 
 def count_step(*_: Any) -> None:
-    """Note that what trains has changed: called after every optimizer's step, whoever made the optimizer."""
+    """Note that what trains has changed: called after every optimizer's step."""
     global _optimizer_steps
     _optimizer_steps += 1
 
@@ -108,13 +107,13 @@ class DoRALinear(nn.Module):
         dropout: on the input of the low-rank path, in training.
         dtype: of A, B and the magnitude offset.
 
-    With `hold_output` the output is not computed twice under gradient checkpointing where only the gradient of the
-    magnitude would wait for it: in the last linear of a decoder layer, mostly (not where a norm follows, as in Gemma).
-    Which linears those are, each learns in the first recompute, which ends in it; the first optimizer step after that
-    begins the holding, T × O values a linear. It changes no bit.
-
     Takes and returns (..., in_features) → (..., out_features) in the dtype of the input, or of autocast.
     """
+
+    hold_output = False
+    """Keep y from the forward on for the gradient of the magnitude, T × O values, where gradient checkpointing would
+    compute it again for that alone. Only `holding` knows where that is; not to be changed between a forward and its
+    backward, and good for one backward."""
 
     def __init__(
         self,
@@ -132,8 +131,6 @@ class DoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.rank, self.scaling, self.use_dora = rank, scaling, use_dora
         self.enabled = True
-        self.hold_output = False
-        self._ended_recompute_at: int | None = None
         self.dropout = nn.Dropout(dropout)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=base.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=base.device))
@@ -156,24 +153,10 @@ class DoRALinear(nn.Module):
                 z_TI = self.dropout(x_TI) if self.training and self.dropout.p > 0 else None
                 trained = (self.lora_A, self.lora_B, self.magnitude_offset)
                 row_scale = self.row_scale(dtype)
-                with self._noticing_the_end_of_a_recompute():
-                    y_TO = adapted_product(x_TI, z_TI, *trained, self.base, row_scale, self.scaling, self._holds())
+                y_TO = adapted_product(x_TI, z_TI, *trained, self.base, row_scale, self.scaling, self.hold_output)
             else:
                 y_TO = frozen_product(x_TI, self.base)
             return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)
-
-    def _holds(self) -> bool:
-        """Whether the output is held since the forward; the same in a forward and its recompute."""
-        return self.hold_output and self._ended_recompute_at is not None and self._ended_recompute_at < _optimizer_steps
-
-    @contextmanager
-    def _noticing_the_end_of_a_recompute(self) -> Iterator[None]:
-        try:
-            yield
-        except _StopRecomputationError:
-            if self._ended_recompute_at is None:
-                self._ended_recompute_at = _optimizer_steps
-            raise
 
     def row_scale(self, dtype: torch.dtype = torch.float32) -> RowScale | None:
         """c and its companion for the adapter as it is now, computed at most once an optimizer step; None for LoRA.

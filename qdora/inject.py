@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -150,10 +150,12 @@ def adapt(model: nn.Module, path: str, config: AdapterConfig) -> None:
     model.set_submodule(path, layer.train(model.training))
 
 
-def hold_outputs(model: nn.Module, hold: bool = True) -> None:
-    """Let no linear be computed twice for the gradient of its magnitude alone (see `DoRALinear`), or let it again."""
-    for layer in adapted_linears(model).values():
-        layer.hold_output = hold
+def hold_outputs(model: nn.Module, names: Collection[str]) -> None:
+    """Let the linears at these paths within a decoder layer hold their outputs (see `holding`), and no others."""
+    for layer in decoder_layers(model):
+        for name, linear in layer.named_modules():
+            if isinstance(linear, DoRALinear):
+                linear.hold_output = name in names
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import nn
 
 from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import ConfigError, reason
+from qdora.holding import linears_to_hold
 from qdora.inject import adapted_linears, decoder_layers, freeze_dense, hold_outputs
 from qdora.optimizer import CompensatedAdamW
 from qdora.shards import format_bytes
@@ -163,12 +164,16 @@ class MemoryModel:
         key = (rows, holds)
         if key not in self._traces:
             batch, workspace = self._run.batch(rows), self._run.workspace
-            hold_outputs(self._small, holds)
             with _said_by(self._model):
+                hold_outputs(self._small, self._holding if holds else ())
                 self._traces[key] = simulate_step(
                     self._small, batch, workspace, self._run.checkpointing, self._lean_loss
                 )
         return self._traces[key]
+
+    @cached_property
+    def _holding(self) -> tuple[str, ...]:
+        return linears_to_hold(self._small)
 
     def _held(self, plan: Plan) -> int:
         """Bytes of the outputs that one layer holds."""

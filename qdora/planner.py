@@ -21,12 +21,25 @@ from qdora.model import hollow_model
 from qdora.shards import format_bytes, parse_size
 from qdora.workspace import ACCELERATOR, CPU
 
-__all__ = ["adopt", "asked_plan", "choose", "memory_model", "usable_bytes", "usable_of"]
+__all__ = ["adopt", "asked_plan", "choose", "hollow_of", "memory_model", "usable_bytes", "usable_of"]
 
 _SMALLER_CHUNKS = (16 * 2**20, 4 * 2**20)
 # Reckoned, not measured: the driver's context and the libraries' workspaces, and what fragmentation takes.
 _DRIVER_BYTES = 500 * 10**6
 _FRAGMENTED_SHARE = 0.03
+
+
+def hollow_of(run: RunArguments, training: Any) -> Any:
+    """The model that these flags train, on the meta device, with its adapters. Raises as `memory_model`."""
+    model = hollow_model(
+        run.model_name_or_path,
+        adapter_config(run),
+        dtype=run.dtype,
+        load_in_4bit=run.load_in_4bit,
+        trust_remote_code=training.trust_remote_code,
+    )
+    freeze_part(model, run.freeze)
+    return model
 
 
 def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> MemoryModel:
@@ -40,23 +53,11 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
         CheckpointError: no causal language model.
         ConfigError: a flag is wrong.
     """
-    adapter = adapter_config(run)
+    adapter_config(run)
     if training.max_length is None:
         raise ConfigError("--max_length is off: how long the rows may get must be known to reckon with them")
-
-    def build() -> Any:
-        model = hollow_model(
-            run.model_name_or_path,
-            adapter,
-            dtype=run.dtype,
-            load_in_4bit=run.load_in_4bit,
-            trust_remote_code=training.trust_remote_code,
-        )
-        freeze_part(model, run.freeze)
-        return model
-
     return MemoryModel(
-        build,
+        lambda: hollow_of(run, training),
         Run(
             length=training.max_length,
             workspace=ACCELERATOR if on_accelerator else CPU,

@@ -2,7 +2,7 @@
 
 Three autograd nodes rather than one, cut where memory and time are:
 
-    _LowRank     h = z·Aᵀ                         keeps z, h, A and B for the product's backward
+    _LowRank     h = z·Aᵀ                         keeps z and h, for dA and dB
     _Product     y = x·Ŵᵀ + h·(s·c⊙B)ᵀ            keeps nothing; Ŵ = c ⊙ W comes out of the base weight tile by tile
     _Magnitude   y                                keeps y, for dm = Σₜ g⊙y / (c·‖V‖)
 
@@ -10,14 +10,15 @@ Gradient checkpointing forgets what a decoder layer keeps, and runs the layer ag
 tensor that was kept has been made again (`early_stop` of `torch.utils.checkpoint`). What nothing waits for is then
 never computed: if the last linear of a layer keeps what it needs *before* its product, its product is not done twice.
 With LoRA that is one of the seven products of a Llama layer's recompute, and a fifth of its arithmetic. With DoRA the
-gradient of the magnitude needs that product, y, unless it was held since the forward (`hold_output`, see
-`DoRALinear`): T × O values a layer, against its second computation.
+gradient of the magnitude needs that product, y, unless it was held since the forward (`hold_output`): T × O values a
+layer, against its second computation.
 
-The product's backward needs what the first node kept, so it reads it there: `h.grad_fn` is that node. The magnitude is
-a node of its own so that y, which no one else keeps, is freed before the product's backward allocates dx.
+The magnitude is a node of its own so that y, which no one else keeps, is freed before the product's backward allocates
+dx. The gradient g reaches the first node, which needs it for dB, as the gradient of `carrier`, a (T, O) tensor of one
+zero in memory.
 
 The rejected alternatives. One node for all: kept tensors are packed when the node's forward ends, product included.
-Leaving dA and the low-rank part of dx to the first node: autograd would add two dx, a third T × I tensor at the peak.
+Leaving the low-rank part of dx to the first node: autograd would add two dx, a third T × I tensor at the peak.
 
 Shape suffixes: T tokens, I in_features, O out_features, R rank.
 """
@@ -65,8 +66,9 @@ def adapted_product(
         hold_output: keep y from the forward on, where a checkpoint would forget it and compute it again.
     """
     c_O = None if row_scale is None else row_scale.scale
-    h_TR = _LowRank.apply(x_TI if z_TI is None else z_TI, A_RI, B_OR)
-    y_TO = _Product.apply(x_TI, z_TI, h_TR, A_RI, B_OR, base, c_O, scaling)
+    # x's gradient is the product's to make: the low-rank node has a part in it only through a z of its own.
+    h_TR, carrier_TO = _LowRank.apply(x_TI.detach() if z_TI is None else z_TI, A_RI, B_OR, c_O, scaling)
+    y_TO = _Product.apply(x_TI, h_TR, carrier_TO, A_RI.detach(), B_OR.detach(), base, c_O, scaling, z_TI is not None)
     if row_scale is None or offset_O is None or not (torch.is_grad_enabled() and offset_O.requires_grad):
         return y_TO
     y_TO = _Magnitude.apply(y_TO, offset_O, row_scale.per_output, hold_output)
@@ -80,55 +82,60 @@ def frozen_product(x_TI: Tensor, base: BaseWeight) -> Tensor:
 
 
 class _LowRank(torch.autograd.Function):
-    """h = z·Aᵀ, and the keeper of what `_Product` needs in its backward, which makes all of the gradients."""
+    """h = z·Aᵀ, with gradients for z, A and B; and the carrier of y's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, z_TI: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, z_TI: Tensor, A_RI: Tensor, B_OR: Tensor, c_O: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor]:
         h_TR = z_TI @ A_RI.t().to(z_TI.dtype)
-        _, needs_A, needs_B = ctx.needs_input_grad
+        _, needs_A, needs_B = ctx.needs_input_grad[:3]
         ctx.save_for_backward(z_TI if needs_A else None, h_TR if needs_B else None, A_RI, B_OR)
-        ctx.set_materialize_grads(False)
-        return h_TR
+        ctx.c_O, ctx.scaling = c_O, scaling
+        return h_TR, h_TR.new_zeros(()).expand(h_TR.shape[0], B_OR.shape[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_TR: None) -> tuple[None, None, None]:
-        return None, None, None
+    def backward(ctx: Any, dh_TR: Tensor, g_TO: Tensor) -> tuple[Tensor | None, ...]:
+        z_TI, h_TR, A_RI, B_OR = ctx.saved_tensors
+        needs_z, needs_A, needs_B = ctx.needs_input_grad[:3]
+        dz_TI = dh_TR @ A_RI.to(dh_TR.dtype) if needs_z else None
+        dA_RI = (dh_TR.t() @ z_TI).to(A_RI.dtype) if needs_A else None
+        dB_OR = _scaled(g_TO.t() @ h_TR, ctx.c_O, ctx.scaling).to(B_OR.dtype) if needs_B else None
+        return dz_TI, dA_RI, dB_OR, None, None
 
 
 class _Product(torch.autograd.Function):
-    """y = x·Ŵᵀ + h·(s·c⊙B)ᵀ, with gradients for x, z, A and B. Without c it is 1 (LoRA)."""
+    """y = x·Ŵᵀ + h·(s·c⊙B)ᵀ, with gradients for x, by way of z too where z is x, and h. Without c it is 1 (LoRA)."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_TI: Tensor,
-        z_TI: Tensor | None,
         h_TR: Tensor,
+        carrier_TO: Tensor,
         A_RI: Tensor,
         B_OR: Tensor,
         base: BaseWeight,
         c_O: Tensor | None,
         scaling: float,
+        thinned: bool,
     ) -> Tensor:
         y_TO = base.linear(x_TI, c_O)
         y_TO.addmm_(h_TR, _scaled(B_OR, c_O, scaling).to(h_TR.dtype).t())
-        ctx.low_rank, ctx.base, ctx.c_O, ctx.scaling = h_TR.grad_fn, base, c_O, scaling
+        ctx.A_RI, ctx.B_OR, ctx.base, ctx.c_O, ctx.scaling, ctx.thinned = A_RI, B_OR, base, c_O, scaling, thinned
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
-        z_TI, h_TR, A_RI, B_OR = ctx.low_rank.saved_tensors
-        needs_x, needs_z, _, needs_A, needs_B = ctx.needs_input_grad[:5]
-        dh_TR = g_TO @ _scaled(B_OR, ctx.c_O, ctx.scaling).to(g_TO.dtype)
-        dA_RI = (dh_TR.t() @ z_TI).to(A_RI.dtype) if needs_A else None
-        dB_OR = _scaled(g_TO.t() @ h_TR, ctx.c_O, ctx.scaling).to(B_OR.dtype) if needs_B else None
-        dx_TI = ctx.base.linear_transposed(g_TO, ctx.c_O) if needs_x else None
-        dz_TI = dh_TR @ A_RI.to(dh_TR.dtype) if needs_z else None
-        if dx_TI is not None and not needs_z:
-            dx_TI.addmm_(dh_TR, A_RI.to(dh_TR.dtype))
-        return dx_TI, dz_TI, None, dA_RI, dB_OR, None, None, None
+        dh_TR = g_TO @ _scaled(ctx.B_OR, ctx.c_O, ctx.scaling).to(g_TO.dtype)
+        dx_TI = None
+        if ctx.needs_input_grad[0]:
+            dx_TI = ctx.base.linear_transposed(g_TO, ctx.c_O)
+            if not ctx.thinned:
+                dx_TI.addmm_(dh_TR, ctx.A_RI.to(dh_TR.dtype))
+        return dx_TI, dh_TR, g_TO, None, None, None, None, None, None
 
 
 class _Magnitude(torch.autograd.Function):
@@ -136,7 +143,7 @@ class _Magnitude(torch.autograd.Function):
 
     torch notices when a tensor that was kept has been changed in place, but not through a checkpoint, nor when it is
     held: then the gradient would be wrong in silence. So the version of y is compared here. The recompute makes y by
-    the same operations, hence with the same version; a copy (from the host, say) begins at 0 and is never above it.
+    the same operations, hence with the same version; a copy, such as one that waited on the host, begins at 0.
     """
 
     @staticmethod
@@ -157,7 +164,7 @@ class _Magnitude(torch.autograd.Function):
         if y_TO._version > ctx.version:
             raise ConfigError(
                 "the model changes the output of an adapted linear in place, so that its magnitude has no gradient; "
-                "leave that linear out of the targets, or train LoRA (use_dora false)"
+                + ("leave --hold_outputs out" if ctx.holds else "leave that linear out of the targets, or train LoRA")
             )
         return g_TO, (_column_dots(g_TO, y_TO) * ctx.per_output_O).to(ctx.dtype), None, None
 

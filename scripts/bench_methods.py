@@ -151,7 +151,7 @@ def prepare(method: str, workload: Workload, directory: Path, rank: int, device:
             adapted = _with_peft(model, rank, use_dora)
         else:
             adapted = _with_qdora(model, rank, use_dora)
-            hold_outputs(model, engine == "qdora holding")
+            hold_outputs(model, ("mlp.down_proj",) if engine == "qdora holding" else ())
         return training_step(adapted, model, ids)
 
     return adapt

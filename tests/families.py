@@ -27,6 +27,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 32, "sliding_window": 32},
     "phi": {},  # biases everywhere, the head's too
     "phi3": {},  # q, k and v in one linear, gate and up in another
+    "falcon": {"num_kv_heads": 4},  # q, k and v in one linear; adds in place
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},  # Conv1D: (in, out)
 }
 _ROUTED: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}

@@ -26,7 +26,7 @@ from qdora.adapterfile import CONFIG_FILE, OFFSETS_FILE, WEIGHTS_FILE, loads_in_
 from qdora.checkpoint import _target_names
 from qdora.inject import adapted_linears, linear_paths
 from qdora.shards import ShardReader, fingerprint
-from tests.conftest import disturb
+from tests.conftest import disturb, make_model
 
 IDS = torch.arange(3, 43)[None]
 
@@ -202,8 +202,6 @@ def test_what_is_no_adapter(tiny: Path, tiny_adapter: Path, tmp_path: Path) -> N
 
 
 def test_an_adapter_for_another_model(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
-    from tests.conftest import make_model
-
     other = make_model(tmp_path / "other", hidden_size=128)
     with pytest.raises(
         CheckpointError, match=r"another model: .*down_proj is 128×192 here and 64×192 in .* made for '"
@@ -270,6 +268,8 @@ def test_the_shortest_names_that_mean_just_these() -> None:
     assert _target_names(by_name, linears[:2], linears) == ("q_proj", "nothing")
     assert _target_names(AdapterConfig(), linears[:2], linears[:2]) == ("q_proj",)
     assert _target_names(by_name, linears[:1], linears) == ("layers.0.q_proj",)
+    by_more = AdapterConfig(target_modules=("q_proj", "up_proj"))
+    assert _target_names(by_more, linears[:2], linears) == ("q_proj",)
 
 
 def test_nothing_to_save(tiny_nf4: Path, tmp_path: Path) -> None:
@@ -421,7 +421,12 @@ def test_what_a_config_need_not_say(tiny_nf4: Path, tiny_adapter: Path, tmp_path
         read = read_adapter(path)
         assert read.config == AdapterConfig(rank=4, alpha=8)
         assert read.base_model is None
-        assert qdora.load_model(tiny_nf4, path).qdora_adapter == read.config
+        (model := qdora.load_model(tiny_nf4)).eval()
+        qdora.load_adapter(model, path)
+        assert model.qdora_adapter == read.config
+        shallow = qdora.load_model(make_model(tmp_path / f"shallow-{len(more)}", num_hidden_layers=1))
+        with pytest.raises(CheckpointError, match=r"is not a linear here$"):
+            qdora.load_adapter(shallow, path)
     for init in (True, False, None, "gaussian", "eva", "orthogonal"):
         (path / CONFIG_FILE).write_text(json.dumps({**sparse, "init_lora_weights": init}))
         assert read_adapter(path).config.rank == 4

@@ -32,6 +32,7 @@ from qdora.errors import CheckpointError, ConfigError, NumericsError, QDoRAError
 from qdora.exhausted import Headroom, memory_explained
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
+from qdora.holding import linears_to_hold
 from qdora.hub import take_destination
 from qdora.inject import hold_outputs
 from qdora.lock import locked
@@ -41,7 +42,7 @@ from qdora.notes import Intention, leave_notes
 from qdora.optimizer import CompensatedAdamW
 from qdora.output import writing
 from qdora.packing import settle_packing
-from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
+from qdora.planner import adopt, asked_plan, choose, hollow_of, memory_model, usable_bytes
 from qdora.preflight import check_original, check_place, check_sharded, check_trackers
 from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
@@ -138,7 +139,10 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     with memory_explained("while the model was loaded", headroom):
         model = _load(run, training, adapter, sharding)
     freeze_part(model, run.freeze)
-    hold_outputs(model, run.hold_outputs)
+    if run.hold_outputs:
+        names = linears_to_hold(hollow_of(run, training))
+        hold_outputs(model, names)
+        say(f"holding the outputs of {', '.join(names) or 'no linear: none of this model is computed twice in vain'}")
     say(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {_places(training, sharding)}")
     meant = Intention.of(run, training, need)
     request = StopRequest()
