@@ -31,7 +31,6 @@ SHARE_IN_NF4 = {
     "gemma3_text": 0.79,
     "phi": 0.52,
     "phi3": 0.59,
-    "falcon": 0.77,
     "gpt2": 0.69,
     "mixtral": 0.81,
     "qwen2_moe": 0.74,
