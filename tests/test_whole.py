@@ -123,6 +123,8 @@ def test_peft_s_in_ours_and_merged(
     qdora.merge(nf4, tmp_path / "adapter", tmp_path / "merged", verify=False)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert distance(logits(merged), logits(theirs)) < 2e-3
+    stays_one = kind == "tied" and tie
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is stays_one
 
 
 def test_a_pair_that_is_one_weight_stays_one(tiny_nf4: Path, tmp_path: Path) -> None:
