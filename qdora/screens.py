@@ -92,8 +92,8 @@ without weights or a GPU.
   --gradient_accumulation_steps  micro-batches a step [1]
   --lora_r, --lora_target_modules, --use_dora, --optim, --packing, ...
                                  as in `qdora train`
-  --activation_offloading, --embedding_on_host, --stream_base, --loss_chunk_size,
-  --hold_outputs
+  --activation_offloading, --embedding_on_host, --stream_base,
+  --loss_chunk_size, --hold_outputs
                                  what a plan is made of, if you choose yourself
   --use_cpu true                 reckon for the CPU instead of an accelerator
 
