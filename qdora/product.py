@@ -56,7 +56,7 @@ def adapted_product(
     base: BaseWeight,
     row_scale: RowScale | None,
     scaling: float,
-    hold_output: bool = False,
+    hold_output: bool,
 ) -> Tensor:
     """y, (T, O) in x's dtype, with gradients for x, z, A, B and the magnitude's offset.
 

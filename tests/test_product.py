@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from qdora import ConfigError
 from qdora.dora import DoRALinear
@@ -95,13 +96,14 @@ def checkpointed(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def test_an_output_that_is_changed_in_place_is_an_error(hold: bool, call: Any) -> None:
     layer = make_layer("nf4")
     layer.hold_output = hold
+    advice = "leave --hold_outputs out" if hold else "leave that linear out of the targets, or train LoRA"
 
     def changes(x: Tensor) -> Tensor:
         y: Tensor = layer(x)
         y += 1
         return y * y
 
-    with pytest.raises(ConfigError, match=f"changes the output .* in place, .*; leave {'--hold' if hold else 'that'}"):
+    with pytest.raises(ConfigError, match=f"changes the output .* in place, .*; {advice}$"):
         call(changes, torch.randn(9, 128)).sum().backward()
 
 
@@ -111,10 +113,26 @@ def test_a_held_output_is_freed_by_its_backward() -> None:
     loss = layer(torch.randn(9, 128)).sum()
     node = loss.grad_fn.next_functions[0][0].next_functions[0][0]
     assert node.held.shape == (9, 96)
+    layer.hold_output = False
+    assert layer(torch.randn(9, 128)).grad_fn.next_functions[0][0].held is None
     loss.backward(retain_graph=True)
     assert node.held is None
-    with pytest.raises(RuntimeError, match="a second backward through a linear that holds its output"):
+    with pytest.raises(
+        RuntimeError, match=r"^a second backward through a linear that holds its output; leave hold_output out$"
+    ):
         loss.backward()
+
+
+def test_a_thinned_input_s_gradient_is_made_only_if_it_is_wanted() -> None:
+    layer = make_layer("nf4", dropout=0.5)
+
+    def flops(wanted: bool) -> int:
+        y = layer(torch.randn(10, 128, requires_grad=wanted))
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        return int(counter.get_total_flops())
+
+    assert flops(True) - flops(False) == 2 * 10 * 96 * 128 + 2 * 10 * 8 * 128
 
 
 def test_the_output_is_freed_before_the_gradient_of_the_input_is_made() -> None:
