@@ -82,6 +82,8 @@ def test_ours_in_peft_and_merged(
     report = qdora.merge(nf4, tmp_path / "adapter", tmp_path / "merged")
     assert report.comparison is not None
     assert report.comparison.kl_per_token < 1e-4
+    written = load_file(tmp_path / "merged" / "model.safetensors").values()
+    assert report.bytes_written == sum(tensor.nbytes for tensor in written)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert distance(logits(merged), expected) < 2e-3
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (kind == "tied")
@@ -123,6 +125,8 @@ def test_peft_s_in_ours_and_merged(
     qdora.merge(nf4, tmp_path / "adapter", tmp_path / "merged", verify=False)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert distance(logits(merged), logits(theirs)) < 2e-3
+    written = load_file(tmp_path / "merged" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in written} == {torch.float16}
     stays_one = kind == "tied" and tie
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is stays_one
 
