@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from qdora.dora import DoRALinear
-from qdora.errors import ConfigError
+from qdora.errors import ConfigError, reason
 from qdora.inject import decoder_layers, hold_outputs
 from qdora.simulate import Batch, cut, simulate_step
 from qdora.workspace import CPU
@@ -37,12 +37,22 @@ def linears_to_hold(model: nn.Module) -> tuple[str, ...]:
 
     Args:
         model: on the meta device, with adapters.
+
+    Raises:
+        ConfigError: the model's step does not run over fake tensors.
     """
     small = deepcopy(model)
     cut(small)
     hold_outputs(small, ())
     inside = _watched(small)
-    simulate_step(small, _BATCH, CPU)
+    try:
+        simulate_step(small, _BATCH, CPU)
+    except Exception as error:
+        # a model's own code may fail in any way
+        raise ConfigError(
+            f"cannot tell which outputs of {type(model).__name__} to hold, its step does not run without values: "
+            f"{reason(error)}; leave --hold_outputs out"
+        ) from None
     names = tuple(sorted({name for name, times in inside.items() if times}))
     hold_outputs(small, names)
     try:

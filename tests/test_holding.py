@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import qdora
+from qdora import ConfigError
 from qdora.groups import freeze_part
 from qdora.holding import linears_to_hold
 from qdora.inject import adapted_linears, decoder_layers, hold_outputs
@@ -56,6 +57,13 @@ def three_steps(path: Path, adapter: qdora.AdapterConfig, holding: tuple[str, ..
         optimizer.step()
         optimizer.zero_grad()
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_model_whose_step_does_not_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hollow = hollow_model(make_family("mistral", tmp_path / "model"), qdora.AdapterConfig(rank=2))
+    monkeypatch.setattr(type(hollow.model.layers[0].mlp), "forward", lambda *_: 1 / 0)
+    with pytest.raises(ConfigError, match=r"outputs of MistralForCausalLM .* division by zero; leave --hold_outputs"):
+        linears_to_hold(hollow)
 
 
 def test_what_has_no_magnitude_to_train_holds_nothing(tmp_path: Path) -> None:
