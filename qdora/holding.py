@@ -54,6 +54,8 @@ def linears_to_hold(model: nn.Module) -> tuple[str, ...]:
             f"{reason(error)}; leave --hold_outputs out"
         ) from None
     names = tuple(sorted({name for name, times in inside.items() if times}))
+    if not names:
+        return ()
     hold_outputs(small, names)
     try:
         simulate_step(small, _BATCH, CPU)

@@ -160,12 +160,12 @@ class MemoryModel:
         parts = {**lasting, "gradients": worst.gradients, "kept layer inputs": worst.inputs, worst.what: worst.own}
         return Need({name: size for name, size in parts.items() if size}, worst.when, self._waiting(plan, trace))
 
-    def _trace(self, rows: int, holds: bool = False) -> StepTrace:
+    def _trace(self, rows: int, holds: bool) -> StepTrace:
         key = (rows, holds)
         if key not in self._traces:
             batch, workspace = self._run.batch(rows), self._run.workspace
+            hold_outputs(self._small, self._holding if holds else ())
             with _said_by(self._model):
-                hold_outputs(self._small, self._holding if holds else ())
                 self._traces[key] = simulate_step(
                     self._small, batch, workspace, self._run.checkpointing, self._lean_loss
                 )
@@ -177,9 +177,8 @@ class MemoryModel:
 
     def _held(self, plan: Plan) -> int:
         """Bytes of the outputs that one layer holds."""
-        if not plan.hold_outputs:
-            return 0
-        return self._trace(plan.rows, True).kept_bytes - self._trace(plan.rows).kept_bytes
+        held, not_held = (self._trace(plan.rows, holds).kept_bytes for holds in (plan.hold_outputs, False))
+        return held - not_held
 
     def _loss(self, rows: int, chunk_bytes: int) -> int:
         key = (rows, chunk_bytes)
@@ -246,12 +245,11 @@ class MemoryModel:
 
     def _waiting(self, plan: Plan, trace: StepTrace) -> dict[str, int]:
         """What is on the host."""
+        inputs = len(self._layers) * (trace.kept_bytes - self._held(plan))
         parts = {
             "base weights": sum(self._streamed) if plan.stream_base else 0,
             "embedding": self._embedding_bytes if plan.embedding_on_host else 0,
-            "layer inputs": len(self._layers) * (trace.kept_bytes - self._held(plan))
-            if plan.activation_offloading
-            else 0,
+            "layer inputs": inputs if plan.activation_offloading else 0,
         }
         return {name: size for name, size in parts.items() if size}
 

@@ -53,7 +53,6 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
         CheckpointError: no causal language model.
         ConfigError: a flag is wrong.
     """
-    adapter_config(run)
     if training.max_length is None:
         raise ConfigError("--max_length is off: how long the rows may get must be known to reckon with them")
     return MemoryModel(
