@@ -107,9 +107,12 @@ class RunArguments:
     stream_base: bool = field(
         default=False, metadata={"help": "leave base weights on the host, two layers at a time on the device"}
     )
-    hold_outputs: bool = field(
-        default=False,
-        metadata={"help": "hold what each layer computes last instead of computing it twice: faster, for more memory"},
+    hold_outputs: bool | None = field(
+        default=None,
+        metadata={
+            "help": "hold what each layer computes last instead of computing it twice: faster, for more memory; unless "
+            "said, done if --memory has room for it"
+        },
     )
     embedding_on_host: bool = field(default=False, metadata={"help": "leave the input embedding on the host"})
     loss_chunk_size: str = field(default="64MiB", metadata={"help": "of the fp32 logits that exist at once"})

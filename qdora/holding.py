@@ -25,11 +25,13 @@ from qdora.dora import DoRALinear
 from qdora.errors import ConfigError, reason
 from qdora.inject import decoder_layers, hold_outputs
 from qdora.simulate import Batch, cut, simulate_step
-from qdora.workspace import CPU
+from qdora.workspace import Workspace
 
 __all__ = ["linears_to_hold"]
 
 _BATCH = Batch(rows=1, length=8, padded=False)
+# What is computed does not hang on the tiles; the fewer there are, the sooner it is known.
+_WHOLE = Workspace(tile_bytes=2**60, reduce_bytes=2**60)
 
 
 def linears_to_hold(model: nn.Module) -> tuple[str, ...]:
@@ -46,7 +48,7 @@ def linears_to_hold(model: nn.Module) -> tuple[str, ...]:
     hold_outputs(small, ())
     inside = _watched(small)
     try:
-        simulate_step(small, _BATCH, CPU)
+        simulate_step(small, _BATCH, _WHOLE)
     except Exception as error:
         # a model's own code may fail in any way
         raise ConfigError(
@@ -58,7 +60,7 @@ def linears_to_hold(model: nn.Module) -> tuple[str, ...]:
         return ()
     hold_outputs(small, names)
     try:
-        simulate_step(small, _BATCH, CPU)
+        simulate_step(small, _BATCH, _WHOLE)
     except ConfigError:
         return ()
     return names

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["CHUNK_BYTES", "IGNORED", "answer_loss", "nll_by_row", "summed_by_row", "summed_nll"]
+__all__ = ["CHUNK_BYTES", "IGNORED", "answer_loss", "nll_by_row", "positions_at_once", "summed_by_row", "summed_nll"]
 
 IGNORED = -100
 CHUNK_BYTES = 64 * 2**20
@@ -48,6 +48,11 @@ def summed_nll(
     return _SummedNll.apply(h_TH, weight_VH, bias_V, labels_T, chunk_bytes)
 
 
+def positions_at_once(weight_VH: Tensor, chunk_bytes: int) -> int:
+    """How many positions have their fp32 logits in one chunk."""
+    return max(1, chunk_bytes // (4 * weight_VH.shape[0]))
+
+
 @torch.no_grad()
 def nll_by_row(
     hidden: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
@@ -57,7 +62,7 @@ def nll_by_row(
     def of_chunk(h_TH: Tensor, label_T: Tensor) -> Tensor:
         return _chunk_nll(h_TH, weight_VH, bias_V, label_T[:, None], None)
 
-    return summed_by_row(of_chunk, hidden, labels, max(1, chunk_bytes // (4 * weight_VH.shape[0])))
+    return summed_by_row(of_chunk, hidden, labels, positions_at_once(weight_VH, chunk_bytes))
 
 
 @torch.no_grad()
@@ -87,7 +92,7 @@ class _SummedNll(torch.autograd.Function):
         dh_TH = torch.empty_like(h_TH) if needs_gradient else None
         dW_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=h_TH.device)
-        step = max(1, chunk_bytes // (4 * weight_VH.shape[0]))
+        step = positions_at_once(weight_VH, chunk_bytes)
         for start in range(0, h_TH.shape[0], step):
             part = slice(start, start + step)
             chunk = None if dh_TH is None else dh_TH[part]

@@ -254,6 +254,11 @@ class MemoryModel:
         return {name: size for name, size in parts.items() if size}
 
     @property
+    def can_hold_outputs(self) -> bool:
+        """Whether there are outputs that a recompute makes in vain."""
+        return self._run.checkpointing and bool(self._holding)
+
+    @property
     def can_offload_inputs(self) -> bool:
         """Whether layer inputs may wait on the host: only if they are what a layer keeps."""
         return self._run.checkpointing

@@ -1,8 +1,8 @@
 """The fastest way to make a training run fit.
 
-Plans are tried in the order of what they cost: as asked; smaller loss chunks; no outputs held; layer inputs on the
-host; the embedding on the host; smaller micro-batches, more of them a step; and at last the base weights streamed from
-the host.
+Plans are tried in the order of what they cost: as asked, with outputs held unless that was decided; smaller loss
+chunks; no outputs held; layer inputs on the host; the embedding on the host; smaller micro-batches, more of them a
+step; and at last the base weights streamed from the host.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def asked_plan(run: RunArguments, training: Any) -> Plan:
         rows=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
         loss_chunk_bytes=parse_size(run.loss_chunk_size),
-        hold_outputs=run.hold_outputs,
+        hold_outputs=bool(run.hold_outputs),
         activation_offloading=training.activation_offloading,
         embedding_on_host=run.embedding_on_host,
         stream_base=run.stream_base,
@@ -114,16 +114,19 @@ def usable_of(free: int, on_accelerator: bool) -> int:
     return int(free * (1 - _FRAGMENTED_SHARE)) if on_accelerator else free
 
 
-def choose(reckoned: MemoryModel, asked: Plan, limit_bytes: int) -> tuple[Plan, Need]:
+def choose(reckoned: MemoryModel, asked: Plan, limit_bytes: int, may_hold_outputs: bool = False) -> tuple[Plan, Need]:
     """The fastest plan that fits.
 
     Args:
         asked: the run as its flags say.
         limit_bytes: what may be allocated on the device.
+        may_hold_outputs: whether to, if the model is one that it makes faster, although it was not asked for.
 
     Raises:
         ConfigError: nothing fits; it says what the least would be.
     """
+    if may_hold_outputs and reckoned.can_hold_outputs:
+        asked = replace(asked, hold_outputs=True)
     least: tuple[Plan, Need] | None = None
     for plan in _plans(asked, reckoned):
         need = reckoned.need(plan)

@@ -73,7 +73,8 @@ training, by Hugging Face's names:
 memory:
   --memory                       make the run fit in this, such as 8GB
   --stream_base                  base weights on the host, all but two layers
-  --hold_outputs                 faster DoRA, for one more tensor a layer
+  --hold_outputs                 faster DoRA, for one more tensor a layer; by
+                                 itself if --memory has room
   --dry_run                      print what the run needs, and stop
 
 `qdora train --help_all` lists every flag there is."""

@@ -32,12 +32,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qdora.dora import count_step
 from qdora.experts import RoutedExperts, most_uneven, uneven_for_all
 from qdora.inject import decoder_layers
-from qdora.loss import summed_nll
+from qdora.loss import positions_at_once, summed_nll
 from qdora.workspace import Workspace, assume
 
 __all__ = ["Batch", "Segment", "StepTrace", "cut", "head_is_plain", "simulate_loss", "simulate_step", "simulate_update"]
 
 SIMULATED_LAYERS = 3
+_LOSS_CHUNKS = 4
 _ATTENTION = "sdpa_over_fake_tensors"
 
 
@@ -142,9 +143,21 @@ def head_is_plain(model: nn.Module) -> bool:
 def simulate_loss(head: nn.Module, positions: int, chunk_bytes: int) -> int:
     """The most that the loss over so many positions takes beside the hidden states, in bytes.
 
+    Every chunk takes the same, and what lasts longer than one grows evenly with the positions: a few chunks tell of any
+    number, and a large vocabulary has hundreds.
+
     Args:
         head: the output head, on the meta device.
     """
+    assert isinstance(head.weight, Tensor)
+    step = positions_at_once(head.weight, chunk_bytes)
+    if positions <= _LOSS_CHUNKS * step:
+        return _loss_peak(head, positions, chunk_bytes)
+    few, more = (_loss_peak(head, chunks * step, chunk_bytes) for chunks in (_LOSS_CHUNKS - 1, _LOSS_CHUNKS))
+    return more + (more - few) * (positions - _LOSS_CHUNKS * step) // step
+
+
+def _loss_peak(head: nn.Module, positions: int, chunk_bytes: int) -> int:
     weight, bias = head.weight, head.bias
     assert isinstance(weight, Tensor)
     with FakeTensorMode():
@@ -268,7 +281,8 @@ class _Step:
         hidden = self._model.base_model(**self._inputs()).last_hidden_state
         self._mark()
         head = self._model.get_output_embeddings()
-        return summed_nll(hidden[self._scored], head.weight, self._labels, head.bias)
+        # In one chunk: how much chunks take is reckoned apart, by `simulate_loss`.
+        return summed_nll(hidden[self._scored], head.weight, self._labels, head.bias, chunk_bytes=2**60)
 
     def _call_layer(self, layer: Callable[..., Any], *args: Any) -> Any:
         self._mark()

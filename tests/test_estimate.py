@@ -52,6 +52,10 @@ def test_a_plan_fits_and_can_be_given_as_flags() -> None:
     assert found.need.device_bytes <= found.usable_bytes < 8e9
     assert found.plan.rows * found.plan.accumulation == 4
     assert found.plan.flags() in str(found)
+    assert not found.plan.hold_outputs
+    for asked, held in ((None, True), (False, False), (True, True)):
+        flags = {**ROW, **({} if asked is None else {"hold_outputs": asked})}
+        assert qdora.estimate(CONFIGS / "Llama-3.1-8B", **flags, memory="24GB").plan.hold_outputs is held
     assert "fits in 8GB" in str(found)
 
 

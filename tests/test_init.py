@@ -48,6 +48,7 @@ def test_a_small_memory_changes_the_plan(tiny_nf4: Path, tmp_path: Path) -> None
     memory = f"{0.9 * float(peak[1]):.2f}MB"
     narrow = init(tiny_nf4, data, memory=memory, use_cpu=True, out=tmp_path / "narrow.yaml").settings
     assert wide["per_device_train_batch_size"] == 4
+    assert wide["hold_outputs"] is True
     assert narrow.items() - {**wide, "learning_rate": "2e-4"}.items()
     parse_train([str(tmp_path / "narrow.yaml")])
 

@@ -87,6 +87,7 @@ def test_what_each_saving_saves(memory: MemoryModel) -> None:
 def test_held_outputs_stay_on_the_device(path: Path) -> None:
     """One output of each layer's last linear, in bf16; the layers' inputs may wait on the host."""
     memory, layer = reckoned(path, length=512), 2 * 512 * 64 * 2
+    assert memory.can_hold_outputs
     here, holding = (replace(PLAN, hold_outputs=hold) for hold in (False, True))
     grown = memory.need(holding).device_bytes - memory.need(here).device_bytes
     assert 6 * layer <= grown <= 8 * layer  # of eight: at the worst moment one or two may be spent

@@ -21,8 +21,11 @@ ASKED = Plan(rows=4, accumulation=2, loss_chunk_bytes=64 * MB)
 class MadeUp:
     """Every saving saves a round sum: 1,000 for the base, 100 a row, 2 a MiB of chunk, 50 for the embedding."""
 
-    def __init__(self, can_spare_embedding: bool = True, can_offload_inputs: bool = True) -> None:
+    def __init__(
+        self, can_spare_embedding: bool = True, can_offload_inputs: bool = True, can_hold_outputs: bool = True
+    ) -> None:
         self.can_spare_embedding, self.can_offload_inputs = can_spare_embedding, can_offload_inputs
+        self.can_hold_outputs = can_hold_outputs
 
     def need(self, plan: Plan) -> Need:
         parts = {
@@ -83,6 +86,22 @@ def test_held_outputs_are_let_go_after_the_chunks_shrink() -> None:
         (1577, {"loss_chunk_bytes": 4 * MB, "hold_outputs": False}),
     ):
         assert choose(MadeUp(), asked, limit)[0] == replace(asked, **changes)
+        assert choose(MadeUp(), ASKED, limit, may_hold_outputs=True)[0] == replace(asked, **changes)
+
+
+def test_outputs_are_held_only_where_that_spares_something() -> None:
+    plan, _ = choose(MadeUp(can_hold_outputs=False), ASKED, 10**6, may_hold_outputs=True)
+    assert plan == ASKED
+
+
+def test_outputs_are_held_again_beside_what_waits_on_the_host() -> None:
+    class SmallOutputs(MadeUp):
+        def need(self, plan: Plan) -> Need:
+            need = super().need(plan)
+            return replace(need, parts={**need.parts, "outputs": 20 * plan.rows * plan.hold_outputs})
+
+    plan, _ = choose(SmallOutputs(), ASKED, 1457, may_hold_outputs=True)
+    assert plan == replace(ASKED, loss_chunk_bytes=4 * MB, activation_offloading=True, hold_outputs=True)
 
 
 def test_an_uneven_batch_keeps_at_least_its_rows() -> None:

@@ -119,6 +119,7 @@ def test_accumulation_weights_tokens(tiny_nf4: Path, tmp_path: Path) -> None:
         {"stream_base": True},
         {"activation_offloading": True},
         {"hold_outputs": True},
+        {"hold_outputs": True, "stream_base": True, "activation_offloading": True},
         {"stream_base": True, "activation_offloading": True, "embedding_on_host": True},
     ],
 )
@@ -139,6 +140,18 @@ def test_a_run_is_made_to_fit(tiny_nf4: Path, pairs_file: Path, tmp_path: Path, 
     assert "plan: --per_device_train_batch_size 1 --gradient_accumulation_steps 8" in capsys.readouterr().out
     assert fitted.steps == asked.steps == 3
     assert fitted.last_loss == pytest.approx(asked.last_loss, rel=0.02)
+
+
+def test_memory_to_spare_holds_outputs(tiny_nf4: Path, pairs_file: Path, tmp_path: Path, capsys: Any) -> None:
+    flags = {"max_steps": 2, "save_strategy": "no", "lora_r": 2, "memory": "1GB"}
+    quick(tiny_nf4, pairs_file, tmp_path / "held", **flags)
+    out = capsys.readouterr().out
+    assert "--hold_outputs true" in out
+    assert "holding the outputs of mlp.down_proj" in out
+    quick(tiny_nf4, pairs_file, tmp_path / "not", **flags, hold_outputs=False)
+    assert "hold" not in capsys.readouterr().out
+    a, b = adapter_tensors(tmp_path / "held"), adapter_tensors(tmp_path / "not")
+    assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
 
 
 def test_a_dry_run_says_what_it_needs_and_leaves_nothing(

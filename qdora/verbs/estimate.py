@@ -66,5 +66,8 @@ def estimate_from_arguments(arguments: Sequence[str]) -> Estimate:
     on_accelerator = not training.use_cpu
     reckoned, plan = memory_model(run, training, on_accelerator), asked_plan(run, training)
     usable = None if run.memory is None else usable_bytes(run.memory, on_accelerator)
-    plan, need = (plan, reckoned.need(plan)) if usable is None else choose(reckoned, plan, usable)
+    if usable is None:
+        need = reckoned.need(plan)
+    else:
+        plan, need = choose(reckoned, plan, usable, run.hold_outputs is None)
     return Estimate(run.model_name_or_path, training.max_length, run.lora_r, plan, need, run.memory, usable)

@@ -134,14 +134,13 @@ def _settings(model: str, dataset: str, lengths: _Lengths, context: int | None) 
 def _fit(settings: dict[str, Any], memory: str, use_cpu: bool) -> Need:
     """Put the fastest plan that fits into the settings."""
     run, training = parse_train(flags_of({**settings, "use_cpu": use_cpu}))
-    plan, need = choose(
-        memory_model(run, training, not use_cpu), asked_plan(run, training), usable_bytes(memory, not use_cpu)
-    )
+    reckoned, asked = memory_model(run, training, not use_cpu), asked_plan(run, training)
+    plan, need = choose(reckoned, asked, usable_bytes(memory, not use_cpu), may_hold_outputs=True)
     settings["per_device_train_batch_size"] = plan.rows
     settings["gradient_accumulation_steps"] = plan.accumulation
-    if plan.loss_chunk_bytes != asked_plan(run, training).loss_chunk_bytes:
+    if plan.loss_chunk_bytes != asked.loss_chunk_bytes:
         settings["loss_chunk_size"] = f"{plan.loss_chunk_bytes // 2**20}MiB"
-    for name in ("activation_offloading", "embedding_on_host", "stream_base"):
+    for name in ("hold_outputs", "activation_offloading", "embedding_on_host", "stream_base"):
         if getattr(plan, name):
             settings[name] = True
     return need

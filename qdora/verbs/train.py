@@ -178,7 +178,7 @@ def _plan(run: RunArguments, training: Any) -> str:
     if run.memory is None:
         need = reckoned.need(plan)
     else:
-        plan, need = choose(reckoned, plan, usable_bytes(run.memory, on_accelerator))
+        plan, need = choose(reckoned, plan, usable_bytes(run.memory, on_accelerator), run.hold_outputs is None)
         adopt(plan, run, training)
     say(f"plan: {plan.flags()}\n{need}")
     return str(need)
