@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from qdora.adapterfile import AdapterFile
+from qdora.architecture import is_nf4_checkpoint, model_linears
 from qdora.dense import DenseWeight
 from qdora.errors import CheckpointError
 from qdora.kinship import Kinship, answers_of, kinship, origin_of
-from qdora.model import is_nf4_checkpoint, model_linears
-from qdora.nf4 import NF4Weight, is_nf4_key, quantize_nf4, states_by_weight
+from qdora.nf4 import NF4Weight
+from qdora.nf4format import is_nf4_key, quantize_nf4, states_by_weight
 from qdora.shards import ShardReader
 
 __all__ = ["StoredBase"]

@@ -37,7 +37,8 @@ from qdora.dora import DoRALinear
 from qdora.errors import CheckpointError, ConfigError, shown
 from qdora.inject import adapted_linears, attach, linear_paths, linear_shape
 from qdora.kinship import Origin, answers_of, kinship, probed_paths
-from qdora.nf4 import BLOCKSIZE, NF4Weight
+from qdora.nf4 import NF4Weight
+from qdora.nf4format import BLOCKSIZE
 from qdora.output import save_tensors, whole_files, write_json
 from qdora.stream import StreamedWeight
 from qdora.whole import names_for_peft, trained_whole

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdora.data import last_answer, recognize, with_last_answer
 from qdora.errors import DataError
+from qdora.layouts import last_answer, recognize, with_last_answer
 from qdora.rows import Row
 
 __all__ = ["Accuracy", "Choice", "accuracy", "choice_rows"]

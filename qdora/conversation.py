@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from qdora.architecture import context_of
 from qdora.errors import ConfigError
 from qdora.generation import RefuseNaN, end_tokens, generating_by, place_of, render_chat
 from qdora.inject import adapters_disabled
-from qdora.model import context_of
 
 __all__ = ["Answer", "Conversation", "Sampling"]
 

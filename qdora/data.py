@@ -1,12 +1,4 @@
-"""Training data: from files in the usual layouts to token ids, with the loss on the answers.
-
-    layout              columns                                         becomes
-    messages            messages: [{role, content}, …]                  the chat template; loss on assistant turns
-    sharegpt            conversations: [{from, value}, …]               likewise
-    alpaca              instruction, output, and input if any           likewise, one user and one assistant turn
-    prompt/completion   prompt, completion, both text                   as they are, one after the other, then EOS
-    prompt/completion   prompt, completion, both lists of messages      the chat template; loss on the completion
-    text                text                                            as it is, then EOS; loss on everything
+"""Training data: from rows in one of the usual layouts to token ids, with the loss on the answers.
 
 Where does an answer begin? The text is rendered whole and tokenized once, so that the tokens are those of the text the
 model will see, and each token is placed by its offsets: whatever reaches past the beginning of an answer belongs to it.
@@ -20,50 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdora.errors import DataError, reason
+from qdora.errors import DataError
+from qdora.layouts import Rendered, recognize, render
 from qdora.loss import IGNORED
-from qdora.rows import Row, parse_json
-from qdora.templates import render as render_template
+from qdora.rows import Row
 
-__all__ = ["EncodedData", "Rendered", "encode", "last_answer", "marked", "recognize", "render", "with_last_answer"]
-
-_CHAT, _SHAREGPT, _ALPACA, _PAIR, _TEXT = "messages", "sharegpt", "alpaca", "prompt/completion", "text"
-_COLUMNS = {
-    _CHAT: ("messages",),
-    _SHAREGPT: ("conversations",),
-    _PAIR: ("prompt", "completion"),
-    _ALPACA: ("instruction", "output"),
-    _TEXT: ("text",),
-}
-# Where a chat's turns stand: column, and each turn's keys for speaker and words.
-_TURNS = {
-    _CHAT: ("messages", "role", "content"),
-    _SHAREGPT: ("conversations", "from", "value"),
-    _PAIR: ("completion", "role", "content"),
-}
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """One row as the model sees it."""
-
-    text: str
-    answers: tuple[tuple[int, int], ...]
-    """Spans of characters that carry loss."""
-    whole: bool
-    """Already complete with its special tokens (a chat template's output); otherwise BOS and EOS are added."""
-    hidden: int = 0
-    """Assistant turns that carry no loss, because the template renders them otherwise once others follow."""
+__all__ = ["EncodedData", "encode", "marked"]
 
 
 @dataclass(frozen=True)
@@ -104,89 +58,6 @@ class EncodedData:
         if self.dropped:
             text += f"; {self.dropped} rows without an answer (within max_length) left out"
         return text
-
-
-def recognize(rows: Sequence[Row], source: str | Path) -> str:
-    """The layout of the data, by the columns of its first row.
-
-    Raises:
-        DataError: none that is known.
-    """
-    columns = rows[0].keys()
-    for layout, needed in _COLUMNS.items():
-        if all(column in columns for column in needed):
-            return layout
-    known = "; ".join(f"{layout}: {', '.join(needed)}" for layout, needed in _COLUMNS.items())
-    shown = reason(ValueError(", ".join(columns)))
-    raise DataError(f"{source} has the columns {shown}, which is no known layout ({known})")
-
-
-def render(
-    row: Row, number: int, layout: str, tokenizer: Any, source: str | Path, loss_on_all: bool = False
-) -> Rendered:
-    """One row as text, with its answers marked; with `loss_on_all`, as one answer.
-
-    Raises:
-        DataError: a field is missing or of the wrong type; the row is named by its number.
-    """
-    where = f"{source}, row {number}"
-    if layout == _TEXT:
-        text = _text(row, "text", where)
-        return Rendered(text, ((0, len(text)),), whole=False)
-    if layout == _PAIR and not isinstance(row.get("prompt"), list):
-        prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
-        begin = 0 if loss_on_all else len(prompt)
-        return Rendered(prompt + completion, ((begin, len(prompt) + len(completion)),), whole=False)
-    first_answer = 0
-    if layout == _PAIR:
-        prompt_messages = _messages(row, "prompt", "role", "content", where)
-        messages = [*prompt_messages, *_messages(row, "completion", "role", "content", where)]
-        first_answer = len(prompt_messages)
-    elif layout == _ALPACA:
-        question = _text(row, "instruction", where)
-        if row.get("input"):
-            question += "\n\n" + _text(row, "input", where)
-        answer = _text(row, "output", where)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    elif layout == _SHAREGPT:
-        messages = _messages(row, "conversations", "from", "value", where)
-    else:
-        messages = _messages(row, "messages", "role", "content", where)
-    template = _Template(tokenizer, _tools(row, where), where)
-    if loss_on_all:
-        text = template(messages)
-        return Rendered(text, ((0, len(text)),), whole=True)
-    return _mark_answers(messages, first_answer, template, where)
-
-
-def last_answer(row: Row, layout: str, where: str) -> str:
-    """The text that a row's last answer is.
-
-    Raises:
-        DataError: plain text has no answers, or a chat ends with another's turn.
-    """
-    if layout == _TEXT:
-        raise DataError(f"{where}: plain text has no question and no answer")
-    if layout == _ALPACA:
-        return _text(row, "output", where)
-    if layout == _PAIR and not isinstance(row.get("completion"), list):
-        return _text(row, "completion", where)
-    column, role_key, content_key = _TURNS[layout]
-    turns = _messages(row, column, role_key, content_key, where)
-    if turns[-1]["role"] != "assistant":
-        raise DataError(f"{where}: the chat does not end with an answer")
-    answer: str = turns[-1]["content"]
-    return answer
-
-
-def with_last_answer(row: Row, layout: str, answer: str) -> Row:
-    """The row with another text as its last answer; `last_answer` must have found one."""
-    if layout == _ALPACA:
-        return {**row, "output": answer}
-    if layout == _PAIR and not isinstance(row["completion"], list):
-        return {**row, "completion": answer}
-    column, _, content_key = _TURNS[layout]
-    return {**row, column: [*row[column][:-1], {**row[column][-1], content_key: answer}]}
 
 
 def marked(ids: Sequence[int], labels: Sequence[int], tokenizer: Any, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
@@ -263,92 +134,3 @@ def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool) -> tuple[li
             has_loss.append(True)
         has_loss[-1] = True  # also where the tokenizer added it: an answer ends
     return ids, has_loss
-
-
-class _Template:
-    """A tokenizer's chat template over some tools, with errors that name the row."""
-
-    def __init__(self, tokenizer: Any, tools: list[Any] | None, where: str) -> None:
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"{where}: a chat, but the model's tokenizer has no chat template; give one with --chat_template_path, "
-                "or use the prompt/completion or text layout"
-            )
-        self.tokenizer, self.tools, self.where = tokenizer, tools, where
-
-    def __call__(self, messages: list[Row], ask: bool = False) -> str:
-        if not messages:
-            return ""
-        try:
-            return render_template(self.tokenizer, messages, self.tools, ask)
-        except Exception as error:
-            # jinja raises its own errors, and templates raise what they like
-            raise DataError(f"{self.where}: the chat template refuses this chat: {reason(error)}") from None
-
-
-def _mark_answers(messages: list[Row], first_answer: int, template: _Template, where: str) -> Rendered:
-    """An answer is what the chat gains between the request for it and its end.
-
-    Some templates render an earlier turn otherwise once others follow (they take out its reasoning); such a turn has no
-    place in the text and is counted. If that is so of the last, nothing could be learned.
-    """
-    text = template(messages)
-    spans, hidden = [], 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i < first_answer:
-            continue
-        before, after = template(messages[:i], ask=True), template(messages[: i + 1])
-        if text.startswith(after) and after.startswith(before):
-            spans.append((len(before), len(after.rstrip())))
-        elif i == len(messages) - 1:
-            raise DataError(
-                f"{where}: the chat template renders this chat in a way that hides where the answer begins; "
-                "train on everything with --completion_only_loss false, or use the prompt/completion layout"
-            )
-        else:
-            hidden += 1
-    return Rendered(text, tuple(spans), whole=True, hidden=hidden)
-
-
-def _tools(row: Row, where: str) -> list[Any] | None:
-    """The functions that the model may call, as the template wants them: a list of JSON schemas."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = parse_json(tools, f"{where}, tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise DataError(f"{where}: the field 'tools' must be a list, found {type(tools).__name__}")
-    return tools
-
-
-def _text(row: Row, column: str, where: str) -> str:
-    value = row.get(column)
-    if value is None:
-        raise DataError(f"{where}: the field {column!r} is missing")
-    if not isinstance(value, str):
-        raise DataError(f"{where}: the field {column!r} must be text, found {type(value).__name__}")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{where}: the field {column!r} holds half of a surrogate pair, which is no character")
-    return value
-
-
-def _messages(row: Row, column: str, role_key: str, content_key: str, where: str) -> list[Row]:
-    turns = row.get(column)
-    if turns is None:
-        raise DataError(f"{where}: the field {column!r} is missing")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f"{where}: {column!r} must be a list of messages, each with {role_key!r} and {content_key!r}")
-    return [_message(turn, role_key, content_key, where) for turn in turns]
-
-
-def _message(turn: Row, role_key: str, content_key: str, where: str) -> Row:
-    """One turn by the names that templates know; what else it has (tool_calls, name, …) stays."""
-    role = _text(turn, role_key, where)
-    if role_key == "from":
-        if role not in _SHAREGPT_ROLES:
-            raise DataError(f"{where}: unknown speaker {role!r}; known are {', '.join(_SHAREGPT_ROLES)}")
-        role = _SHAREGPT_ROLES[role]
-    others = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
-    without_words = bool(others.get("tool_calls")) and turn.get(content_key) is None
-    return {**others, "role": role, "content": "" if without_words else _text(turn, content_key, where)}

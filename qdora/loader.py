@@ -31,7 +31,8 @@ from qdora.base import BaseWeight
 from qdora.dense import DenseWeight
 from qdora.errors import CheckpointError
 from qdora.experts import STACKS, RoutedExperts, hollow_experts, router_paths
-from qdora.nf4 import NF4Weight, quantize_nf4, states_by_weight
+from qdora.nf4 import NF4Weight
+from qdora.nf4format import quantize_nf4, states_by_weight
 from qdora.shards import ShardReader
 
 __all__ = [

@@ -22,12 +22,7 @@ The rejected alternative: bitsandbytes' own `Linear4bit.forward`. On a CPU with 
 eval mode, after which `dequantize_4bit` of it is garbage (relative error 1.41), and it unpacks the weight whole.
 Only its quantize and dequantize operators are used here, and those on whole blocks, as (blocks, 64) matrices: given a
 matrix of 64 × 144, the CPU operator of bitsandbytes 0.50 on AVX512 is 21 % off, for it loses count of the blocks where
-they straddle rows. This file is the only door to bitsandbytes.
-
-Format: what transformers writes for bitsandbytes (`weight`, `weight.absmax`, `weight.quant_map`,
-`weight.nested_absmax`, `weight.nested_quant_map`, `weight.quant_state.bitsandbytes__nf4`). NF4 itself: QLoRA,
-arXiv 2305.14314, section 3; double quantization: the absmax of 64 weights less their mean, in 8 bits with one
-fp32 absmax for each 256 of them.
+they straddle rows. This file and `nf4format` are the only doors to bitsandbytes' kernels.
 
 Several processes. FSDP2 shards parameters and leaves buffers whole, so the packed bytes and the absmax are parameters,
 though nothing trains them: the absmax is 1/32 of the packed bytes (1/8 if it is not quantized itself), which, left
@@ -39,42 +34,21 @@ Shape suffixes: T tokens, I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-# On import, its CPU backend advises an optional package for a kernel that is not used here.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear4bit as PackedLinear
 from torch import Tensor, nn
 
 from qdora.base import KeepsDtype
-from qdora.errors import CheckpointError, reason
+from qdora.errors import CheckpointError
+from qdora.nf4format import NESTED_BLOCKSIZE, PackedLinear, QuantState, check_state, hollow_state, read_state
 from qdora.workspace import workspace_of
 
-__all__ = [
-    "BLOCKSIZE",
-    "NF4Weight",
-    "PackedLinear",
-    "is_nf4_key",
-    "is_packed_linear",
-    "quantize_nf4",
-    "states_by_weight",
-]
+__all__ = ["NF4Weight", "is_packed_linear"]
 
-BLOCKSIZE = 64
-NESTED_BLOCKSIZE = 256
-_QUANTIZED_AT_ONCE_BYTES = 8 * 2**20
 _DISGUISE = torch.float8_e5m2
-# What bitsandbytes quantizes in; and fp16's largest number, which no weight that was trained comes near.
-_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_LARGEST_SCALE = 65504.0
-_STATE_KEY = "quant_state.bitsandbytes__nf4"
 
 
 class NF4Weight(KeepsDtype):
@@ -90,7 +64,7 @@ class NF4Weight(KeepsDtype):
     nested_code: Tensor | None
     nested_offset: Tensor | None
 
-    def __init__(self, packed: Tensor, state: bnb.QuantState) -> None:
+    def __init__(self, packed: Tensor, state: QuantState) -> None:
         """
         Args:
             packed: uint8, two weights a byte, any shape; `out_features * in_features / 2` bytes.
@@ -100,7 +74,7 @@ class NF4Weight(KeepsDtype):
             CheckpointError: not nf4, the sizes disagree, or a scale is no number that a scale can be.
         """
         super().__init__()
-        _check_state(state)
+        check_state(state)
         self.out_features, self.in_features = map(int, state.shape)
         self.blocksize = int(state.blocksize)
         size = self.out_features * self.in_features
@@ -123,15 +97,7 @@ class NF4Weight(KeepsDtype):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> NF4Weight:
         """From a checkpoint's tensors, keyed `""` for the packed weight and `absmax`, `quant_map`, … for its state."""
-        stats = {f"weight.{key}": value for key, value in tensors.items() if key}
-        packed = tensors[""]
-        try:
-            with _float32_by_default():
-                state = bnb.QuantState.from_dict(stats, device=packed.device)
-        except Exception as error:
-            # the state is JSON in a tensor, of which bitsandbytes believes everything
-            raise CheckpointError(f"the quant state of an NF4 weight cannot be read: {reason(error)}") from None
-        return cls(packed, state)
+        return cls(tensors[""], read_state(tensors))
 
     @classmethod
     def from_packed_linear(cls, linear: nn.Module) -> NF4Weight:
@@ -143,23 +109,8 @@ class NF4Weight(KeepsDtype):
     def hollow(cls, out_features: int, in_features: int, double_quant: bool = True) -> NF4Weight:
         """A weight of this shape without values, on the meta device: to reckon what one takes."""
         with torch.device("meta"):
-            return cls._hollow(out_features, in_features, double_quant)
-
-    @classmethod
-    def _hollow(cls, out_features: int, in_features: int, double_quant: bool) -> NF4Weight:
-        blocks = math.ceil(out_features * in_features / BLOCKSIZE)
-        state = bnb.QuantState(
-            absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
-            shape=torch.Size((out_features, in_features)),
-            blocksize=BLOCKSIZE,
-            quant_type="nf4",
-            dtype=torch.bfloat16,
-        )
-        if double_quant:
-            nested_absmax = torch.empty(math.ceil(blocks / NESTED_BLOCKSIZE))
-            state.state2 = bnb.QuantState(absmax=nested_absmax, code=torch.empty(256), blocksize=NESTED_BLOCKSIZE)
-            state.offset = torch.empty(())
-        return cls(torch.empty(math.ceil(out_features * in_features / 2), dtype=torch.uint8), state)
+            state = hollow_state(out_features, in_features, double_quant)
+            return cls(torch.empty(math.ceil(out_features * in_features / 2), dtype=torch.uint8), state)
 
     @property
     def device(self) -> torch.device:
@@ -278,124 +229,6 @@ class NF4Weight(KeepsDtype):
         return whole
 
 
-@contextmanager
-def _float32_by_default() -> Iterator[None]:
-    """bitsandbytes makes codes and offsets in torch's default dtype, which transformers changes as it builds models."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
-
-
-@_float32_by_default()
-def quantize_nf4(weight: Tensor, double_quant: bool = True, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Quantize a weight to NF4 in blocks of 64, a tile at a time.
-
-    Args:
-        weight: (out_features, in_features), fp32, bf16 or fp16.
-        double_quant: store the absmax in 8 bits as well.
-        device: where a tile is quantized; the result is on the CPU.
-
-    Returns:
-        The tensors of the bitsandbytes format, keyed by what follows `weight.` in a checkpoint: `""` is the packed
-        weight, (n/2, 1) uint8. `NF4Weight.from_tensors` and transformers read them.
-    """
-    flat = weight.reshape(-1)
-    step = _QUANTIZED_AT_ONCE_BYTES // BLOCKSIZE * BLOCKSIZE // 4
-    parts = [
-        torch.ops.bitsandbytes.quantize_4bit(part.to(device), BLOCKSIZE, "nf4", torch.uint8)
-        for part in flat.split(step)
-    ]
-    packed = torch.cat([part.cpu() for part, _ in parts])
-    absmax = torch.cat([part.cpu().float() for _, part in parts])
-    state = bnb.QuantState(
-        absmax=absmax,
-        shape=weight.shape,
-        code=bnb.get_4bit_type("nf4", device="cpu"),
-        blocksize=BLOCKSIZE,
-        quant_type="nf4",
-        dtype=weight.dtype,
-    )
-    if double_quant:
-        state.offset = absmax.mean()
-        state.absmax, state.state2 = bnb.quantize_blockwise(absmax - state.offset, blocksize=NESTED_BLOCKSIZE)
-        state.nested = True
-    stats: dict[str, Any] = state.as_dict(packed=True)
-    return {"": packed, **stats}
-
-
-def _check_state(state: Any) -> None:
-    """What a damaged checkpoint may say of a packed weight; whether its size fits is checked with the weight.
-
-    Raises:
-        CheckpointError: it describes no NF4 weight.
-    """
-    if not isinstance(state, bnb.QuantState):
-        raise CheckpointError("a linear that should be in NF4 has no quant state; quantize the model again")
-    if state.quant_type != "nf4":
-        raise CheckpointError(f"base weights must be nf4, found {state.quant_type!r}; quantize the model again")
-    if state.shape is None or len(state.shape) != 2 or min(state.shape) < 1:
-        raise CheckpointError(
-            f"an NF4 weight must be a matrix, found the shape {state.shape}; quantize the model again"
-        )
-    if type(state.blocksize) is not int or state.blocksize not in _BLOCKSIZES:
-        raise CheckpointError(f"blocks of {state.blocksize!r:.40} weights are unknown; quantize the model again")
-    if not (isinstance(state.dtype, torch.dtype) and state.dtype.is_floating_point):
-        raise CheckpointError(f"an NF4 weight of {state.dtype!r:.40} is unknown; quantize the model again")
-    nested = state.state2
-    if nested is None:
-        scales = [state.absmax]
-    else:
-        if nested.blocksize != NESTED_BLOCKSIZE:
-            raise CheckpointError(f"nested blocksize must be {NESTED_BLOCKSIZE}, found {nested.blocksize!r:.40}")
-        blocks = math.ceil(state.absmax.numel() / NESTED_BLOCKSIZE)
-        scales = [nested.absmax, state.offset]
-        if any(scale.dtype != torch.float32 for scale in scales):
-            raise CheckpointError("what quantizes an NF4 weight's absmax must be float32; quantize the model again")
-        if state.absmax.element_size() != 1 or nested.absmax.numel() != blocks or nested.code.numel() != 256:
-            raise CheckpointError(
-                "the absmax of an NF4 weight does not fit what quantizes it; quantize the model again"
-            )
-    if state.absmax.device.type != "meta":
-        _check_values(state.code, None if nested is None else nested.code, scales)
-
-
-@_float32_by_default()
-def _check_values(code: Tensor, nested_code: Tensor | None, scales: list[Tensor]) -> None:
-    usual = bnb.get_4bit_type("nf4", device=code.device)
-    if code.shape != usual.shape or not torch.allclose(code.float(), usual, atol=1e-3):
-        raise CheckpointError("the values of an NF4 weight are not NF4's; quantize the model again")
-    for scale in scales:
-        if not (scale.is_floating_point() and bool(((scale >= 0) & (scale <= _LARGEST_SCALE)).all())):
-            raise CheckpointError(
-                f"an absmax of an NF4 weight is negative, not finite or above {_LARGEST_SCALE:g}; the checkpoint is "
-                "damaged, quantize the model again"
-            )
-    if nested_code is not None and not bool((nested_code.abs() <= 1).all()):
-        raise CheckpointError("the code of an NF4 weight's absmax reaches beyond 1; quantize the model again")
-
-
 def is_packed_linear(module: nn.Module) -> bool:
     """Whether this is bitsandbytes' 4-bit linear."""
     return isinstance(module, PackedLinear)
-
-
-def states_by_weight(keys: Iterable[str]) -> dict[str, list[str]]:
-    """For each NF4 weight of a checkpoint, by its key, the keys of its quant state."""
-    states: dict[str, list[str]] = {}
-    for key in filter(is_nf4_key, keys):
-        states.setdefault(f"{key.rpartition('.weight.')[0]}.weight", []).append(key)
-    return states
-
-
-def is_nf4_key(key: str) -> bool:
-    """Whether a checkpoint key belongs to the quant state of an NF4 weight (and is not a weight itself)."""
-    return key.rpartition(".weight.")[2] in (
-        "absmax",
-        "quant_map",
-        "nested_absmax",
-        "nested_quant_map",
-        _STATE_KEY,
-    )

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import ConfigError
-from qdora.nf4 import NF4Weight, PackedLinear
+from qdora.nf4 import NF4Weight
+from qdora.nf4format import PackedLinear
 
 __all__ = ["EngineLinear4bit", "PackedLinear"]
 

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from qdora.architecture import hollow_model
 from qdora.arguments import adapter_config
 from qdora.errors import ConfigError
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
-from qdora.memory import MemoryModel, Need, Plan, Run
-from qdora.model import hollow_model
+from qdora.memory import MemoryModel
+from qdora.plan import Need, Plan, Run
 from qdora.shards import format_bytes, parse_size
 from qdora.workspace import ACCELERATOR, CPU
 

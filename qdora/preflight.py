@@ -14,9 +14,9 @@ from transformers.integrations import (
     is_flytekit_available,
 )
 
+from qdora.architecture import is_nf4_checkpoint
 from qdora.errors import ConfigError, reason
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
-from qdora.model import is_nf4_checkpoint
 from qdora.sources import local_model
 
 __all__ = ["check_original", "check_place", "check_sharded", "check_trackers"]

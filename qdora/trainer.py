@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from qdora.answers import Question, answer, count_matches
+from qdora.callbacks import TellWhereItBegins
 from qdora.checkpoint import load_adapter, save_adapter
 from qdora.distributed import gathered, whole
 from qdora.errors import ConfigError, NumericsError
@@ -24,16 +25,14 @@ from qdora.groups import Rates, parameter_groups, rates_by_part
 from qdora.loss import CHUNK_BYTES, IGNORED
 from qdora.measure import score
 from qdora.numerics import FiniteGuard, check_weights, first_bad_output
-from qdora.offload import HostInputs
 from qdora.output import whole_files, writing
 from qdora.packing import check_rows_apart
 from qdora.progress import Progress, Speedometer
 from qdora.resume import clear_scratch, keep_newest, name_checkpoint, scratch_of
 from qdora.scoring import ScoredModel
 from qdora.sharding import Sharding, shard_root
-from qdora.signals import Stopped, StopRequest
 
-__all__ = ["AdapterTrainer", "KeepInputsOnHost", "MeasureTheEnd", "StopWhenAsked"]
+__all__ = ["AdapterTrainer"]
 
 
 _MAKE_ROOM = "make room, and the same command goes on from the newest checkpoint that is there"
@@ -81,7 +80,7 @@ class AdapterTrainer(SFTTrainer):
         self._entry: Any = None
         self._rates_used: dict[str, float] = {}
         self.guard = FiniteGuard(self.model, self._replay, skips_nonfinite, self.accelerator.scaler)
-        self.add_callback(_Start(self.guard))
+        self.add_callback(TellWhereItBegins(self.guard))
         if sharding is not None:
             shard_root(self._scored, sharding)
             register_fsdp_forward_method(self._scored, "head_is_plain")
@@ -320,64 +319,3 @@ class AdapterTrainer(SFTTrainer):
 
 def _is_plain(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-
-
-class _Start(TrainerCallback):
-    """Tells the guard at which step a run, maybe a resumed one, begins."""
-
-    def __init__(self, guard: FiniteGuard) -> None:
-        self._guard = guard
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._guard.start(state.global_step)
-
-
-class MeasureTheEnd(TrainerCallback):
-    """Evaluate, and save, after the last step too: otherwise what came after the last evaluation could not be kept."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
-
-
-class StopWhenAsked(TrainerCallback):
-    """Ends the training after the step in which a signal asked for it, once a checkpoint is saved.
-
-    All processes end after the same step, whichever of them got the signal and when. At the end of an epoch the
-    checkpoint waits for the evaluation that is due then, or a resumed run would go without it; and a run that is at its
-    end ends as it would.
-
-    Args:
-        request: entered while the training runs.
-    """
-
-    def __init__(self, request: StopRequest) -> None:
-        self._request, self._number = request, 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        number = torch.tensor(self._request.number, device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-        self._number = 0 if control.should_training_stop else int(number)
-        if self._number and not float(state.epoch).is_integer():
-            control.should_save = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._number and not control.should_training_stop:
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._number and not control.should_training_stop:
-            where = f"{args.output_dir}/checkpoint-{state.global_step}"
-            at = f" after step {state.global_step} of {state.max_steps}"
-            raise Stopped(self._number, f"{at}, saved as {where}; the same command goes on from there")
-
-
-class KeepInputsOnHost(TrainerCallback):
-    """Lets the layers' inputs wait on the host, once the trainer has enabled gradient checkpointing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        HostInputs(self._device).install(model)

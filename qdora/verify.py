@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from qdora.architecture import Linears
 from qdora.errors import NumericsError
 from qdora.generation import generating_by
-from qdora.model import Linears, load_model
+from qdora.model import load_model
 from qdora.shards import ShardReader
 from qdora.tokenizer import load_tokenizer
 

@@ -20,7 +20,8 @@ import torch
 from record import synchronize, write_result
 from torch import Tensor
 
-from qdora.nf4 import NF4Weight, quantize_nf4
+from qdora.nf4 import NF4Weight
+from qdora.nf4format import quantize_nf4
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ import qdora
 from qdora.inject import attach, hold_outputs
 from qdora.loader import nf4_config
 from qdora.loss import answer_loss
-from qdora.nf4 import quantize_nf4
+from qdora.nf4format import quantize_nf4
 from qdora.output import new_directory, write_json
 from qdora.shards import ShardWriter
 

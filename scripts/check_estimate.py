@@ -30,8 +30,9 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import qdora
 from qdora.arguments import adapter_config, flags_of, parse_train
+from qdora.callbacks import KeepInputsOnHost
 from qdora.optimizer import CompensatedAdamW
-from qdora.trainer import AdapterTrainer, KeepInputsOnHost
+from qdora.trainer import AdapterTrainer
 
 SHAPES = {
     "tiny": Workload(128, 256, 4, 4, 2, 512, 1, 64),

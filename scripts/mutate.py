@@ -1,6 +1,6 @@
 """Would the tests notice if the code were wrong? mutmut changes one file in a thousand small ways and runs its tests.
 
-    scripts/mutate.sh qdora/nf4.py             every mutant of the file, against tests/test_nf4.py
+    scripts/mutate.sh qdora/nf4.py             every mutant of the file, against its tests
     scripts/mutate.sh qdora/nf4.py --again     only those that lived, of the source as it was, after tests were added
     scripts/mutate.sh FILE --first             against the first of its test files alone, where it has several: most
                                                mutants die there and soon; --again shows the others all of the tests
@@ -36,6 +36,8 @@ TESTS = {
     "checkpoint": ["checkpoint", "whole", "kinship"],
     "dora": ["dora", "product"],
     "merge": ["merge", "whole", "kinship"],
+    "nf4": ["nf4", "nf4format"],
+    "nf4format": ["nf4format", "nf4"],
     "product": ["product", "dora"],
 }
 # What became of each mutant, over all runs on one copy of the source.

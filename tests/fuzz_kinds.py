@@ -18,10 +18,10 @@ from transformers import TrainerState
 
 import qdora
 from qdora.adapterfile import read_adapter
+from qdora.architecture import is_nf4_checkpoint, model_linears
 from qdora.arguments import adapter_config, parse_train
 from qdora.baseweights import StoredBase
 from qdora.data import encode
-from qdora.model import is_nf4_checkpoint, model_linears
 from qdora.resume import start
 from qdora.rows import read_rows
 from qdora.shards import ShardReader, fingerprint

@@ -18,7 +18,8 @@ from qdora.adapterfile import LinearAdapter, read_adapter
 from qdora.analysis import LinearChange, by_kind, change_of, correlation, correlations, kinds_of, layer_of, row_changes
 from qdora.dense import DenseWeight
 from qdora.inject import adapted_linears
-from qdora.nf4 import NF4Weight, quantize_nf4
+from qdora.nf4 import NF4Weight
+from qdora.nf4format import quantize_nf4
 from tests.conftest import disturb
 from tests.reference import change as reference
 

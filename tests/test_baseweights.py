@@ -13,7 +13,8 @@ from qdora.adapterfile import read_adapter
 from qdora.baseweights import StoredBase
 from qdora.dense import DenseWeight
 from qdora.inject import adapted_linears
-from qdora.nf4 import NF4Weight, is_nf4_key
+from qdora.nf4 import NF4Weight
+from qdora.nf4format import is_nf4_key
 from tests.conftest import make_model
 from tests.test_quantize import make_gpt2
 

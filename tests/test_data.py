@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from qdora.data import IGNORED, encode, recognize
+from qdora.data import IGNORED, encode
 from qdora.errors import DataError
+from qdora.layouts import recognize
 from tests.conftest import make_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": "42 apples."}

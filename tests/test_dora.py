@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from qdora.base import BaseWeight
 from qdora.dense import DenseWeight
 from qdora.dora import DoRALinear, FrozenLinear
-from qdora.nf4 import NF4Weight, quantize_nf4
+from qdora.nf4 import NF4Weight
+from qdora.nf4format import quantize_nf4
 from qdora.optimizer import CompensatedAdamW
 from qdora.product import _column_dots
 from qdora.workspace import Workspace, assume

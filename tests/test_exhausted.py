@@ -18,9 +18,9 @@ from qdora.arguments import flags_of, parse_train
 from qdora.dora import DoRALinear
 from qdora.errors import out_of_memory
 from qdora.exhausted import Headroom
-from qdora.memory import Plan
 from qdora.nf4 import NF4Weight
 from qdora.optimizer import CompensatedAdamW
+from qdora.plan import Plan
 from tests.conftest import make_model
 from tests.test_train import QUICK, adapter_tensors, quick
 from tests.test_trainer import log_of

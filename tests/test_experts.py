@@ -29,7 +29,8 @@ from qdora.experts import (
     uneven_for_all,
 )
 from qdora.inject import adapt
-from qdora.nf4 import NF4Weight, quantize_nf4
+from qdora.nf4 import NF4Weight
+from qdora.nf4format import quantize_nf4
 from qdora.workspace import Workspace, assume
 from tests.memory import allocated_by
 from tests.reference import dora, experts

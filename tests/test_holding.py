@@ -11,10 +11,10 @@ from torch import Tensor
 
 import qdora
 from qdora import ConfigError
+from qdora.architecture import hollow_model
 from qdora.groups import freeze_part
 from qdora.holding import linears_to_hold
 from qdora.inject import adapted_linears, decoder_layers, hold_outputs
-from qdora.model import hollow_model
 from tests.families import make_family
 
 ALL = "all-linear"

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import qdora
+from qdora.architecture import hollow_model
 from qdora.inject import adapted_linears, decoder_layers
-from qdora.memory import MemoryModel, Plan, Run
-from qdora.model import hollow_model
+from qdora.memory import MemoryModel
+from qdora.plan import Plan, Run
 from qdora.workspace import CPU
 from tests.conftest import make_model
 

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config
 
 import qdora
-from qdora import AdapterConfig, CheckpointError, ConfigError
+from qdora import AdapterConfig, CheckpointError
+from qdora.architecture import is_nf4_checkpoint
 from qdora.dense import DenseWeight
 from qdora.inject import adapted_linears
-from qdora.model import compute_dtype, is_nf4_checkpoint, model_linears, pick_device, trainable_parameters
+from qdora.model import trainable_parameters
 from qdora.nf4 import NF4Weight
 from tests.conftest import make_model
 from tests.memory import peak_of
@@ -74,26 +75,6 @@ def test_other_quantizations_are_refused(tiny: Path, tmp_path: Path) -> None:
         for act in (qdora.load_model, is_nf4_checkpoint):
             with pytest.raises(CheckpointError, match=f"quantized as '?{kind}"):
                 act(model)
-
-
-def test_linears_and_what_is_skipped(tiny: Path) -> None:
-    linears = model_linears(tiny, ("model.layers.0",))
-    assert len(linears.shapes) == 14
-    assert linears.find("model.layers.1.mlp.down_proj.weight") == "model.layers.1.mlp.down_proj"
-    assert linears.quantizes("model.layers.1.mlp.down_proj")
-    assert not linears.quantizes("model.layers.0.mlp.down_proj")
-    assert linears.find("model.embed_tokens.weight") is None
-    with pytest.raises(ConfigError, match="matches no module"):
-        model_linears(tiny, ("absent",))
-
-
-def test_dtypes_and_devices() -> None:
-    assert compute_dtype("float32") == torch.float32
-    with pytest.raises(ConfigError, match="one of bfloat16, float16, found"):
-        compute_dtype("float32", sixteen_bit=True)
-    assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="no device 'warp' here"):
-        pick_device("warp")
 
 
 @pytest.mark.parametrize("kind", ["plain", "capped", "scaled"])
@@ -182,21 +163,3 @@ def test_an_adapter_beside_a_model_is_not_loaded_with_it(tiny: Path, tiny_adapte
     shutil.copy(tiny_adapter / "adapter_config.json", directory)
     with pytest.raises(CheckpointError, match=r"an adapter .* beside the model"):
         qdora.load_model(directory)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000"),
-        ({"quantization_config": {"llm_int8_skip_modules": ["(.+)+$x"]}}, "no name nor a simple pattern"),
-    ],
-)
-def test_a_config_that_would_take_hours(
-    changes: dict[str, object], message: str, tiny_nf4: Path, tmp_path: Path
-) -> None:
-    config = json.loads((tiny_nf4 / "config.json").read_text())
-    nested = changes.get("quantization_config", {})
-    merged = config | changes | {"quantization_config": config["quantization_config"] | nested}  # type: ignore[operator]
-    (tmp_path / "config.json").write_text(json.dumps(merged))
-    with pytest.raises(CheckpointError, match=message):
-        model_linears(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 
 from qdora import ConfigError
 from qdora.arguments import flags_of, parse_estimate
-from qdora.memory import Need, Plan
+from qdora.plan import Need, Plan
 from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
 from tests.conftest import make_model
 

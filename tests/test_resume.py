@@ -98,14 +98,14 @@ def test_an_output_that_was_taken_away_is_made_again(
             if state.global_step == 5:
                 shutil.rmtree(out)
 
-    build = qdora.verbs.train._build_trainer
+    build = qdora.verbs.train.build_trainer
 
     def built(*arguments: Any) -> Any:
         trainer = build(*arguments)
         trainer.add_callback(TakeAway())
         return trainer
 
-    monkeypatch.setattr("qdora.verbs.train._build_trainer", built)
+    monkeypatch.setattr("qdora.verbs.train.build_trainer", built)
     quick(tiny_nf4, pairs_file, out, **FLAGS)
     assert f"{out} was taken away since the training began; it was made again with checkpoint-6" in said
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()

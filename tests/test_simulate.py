@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import Cohere2Config, Gemma2Config, Gemma3TextConfig, GraniteConfig, LlamaConfig, Qwen2Config
 
 import qdora
+from qdora.architecture import hollow_model
 from qdora.inject import decoder_layers
 from qdora.loss import summed_nll
-from qdora.model import hollow_model
 from qdora.optimizer import CompensatedAdamW
 from qdora.simulate import Batch, cut, head_is_plain, simulate_loss, simulate_step, simulate_update
 from qdora.workspace import CPU

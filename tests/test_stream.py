@@ -15,7 +15,8 @@ from torch import nn
 
 import qdora
 from qdora.inject import adapted_linears
-from qdora.nf4 import NF4Weight, quantize_nf4
+from qdora.nf4 import NF4Weight
+from qdora.nf4format import quantize_nf4
 from qdora.offload import HostInputs
 from qdora.optimizer import CompensatedAdamW
 from qdora.stream import LayerStream, StreamedWeight, layer_bytes

@@ -26,10 +26,12 @@ from typing import Any
 import torch
 
 from qdora.adapterfile import loads_in_4bit, read_adapter
+from qdora.architecture import is_nf4_checkpoint
+from qdora.arithmetic import pick_device, usual_dtype
 from qdora.conversation import Answer, Conversation, Sampling
 from qdora.errors import CheckpointError, ConfigError, DataError
 from qdora.generation import place_of
-from qdora.model import is_nf4_checkpoint, load_model, pick_device, usual_dtype
+from qdora.model import load_model
 from qdora.sources import local_model
 from qdora.tokenizer import tokenizer_of
 
@@ -104,7 +106,7 @@ def chat(
         system: the system message.
         temperature: 0 for the likeliest token each time.
         load_in_4bit: quantize a 16-bit `model` as it loads; by default only if the adapter was trained on NF4.
-        dtype: of the arithmetic; see `model.usual_dtype`.
+        dtype: of the arithmetic; see `arithmetic.usual_dtype`.
         allow_other_base: put the adapter on other weights than it was trained on, see `kinship`.
         terminal: by default standard input and output.
 
@@ -137,25 +139,27 @@ def chat(
     _check_vocabulary(loaded, tokenizer, whose)
     named = str(model) if adapter is None else f"{model} with {adapter}"
     weights = "NF4 weights" if packed else "rounded to NF4 as it was loaded" if in_4bit else "16-bit weights"
-    arithmetic = str(loaded.config.dtype).removeprefix("torch.")
-    template = (
-        f"the chat template of {whose}"
-        if tokenizer.chat_template
-        else "no chat template, so each text is continued as it stands"
-    )
-    terminal.note(f"{named}: {weights}, {arithmetic} on {place_of(loaded)}, {template}")
-    if compare:
-        voices = {
-            "without the adapter": Conversation(loaded, tokenizer, sampling, system, use_adapter=False),
-            "with the adapter": Conversation(loaded, tokenizer, sampling, system),
-        }
-    else:
-        voices = {"": Conversation(loaded, tokenizer, sampling, system)}
+    terminal.note(f"{named}: {weights}, {_arithmetic(loaded)}, {_template(tokenizer, whose)}")
+    headings = {"without the adapter": False, "with the adapter": True} if compare else {"": True}
+    voices = {
+        heading: Conversation(loaded, tokenizer, sampling, system, use_adapter)
+        for heading, use_adapter in headings.items()
+    }
     if prompts:
         for prompt in prompts:
             _answer(voices, prompt, terminal)
     else:
         converse(voices, terminal)
+
+
+def _arithmetic(model: Any) -> str:
+    return f"{str(model.config.dtype).removeprefix('torch.')} on {place_of(model)}"
+
+
+def _template(tokenizer: Any, whose: str) -> str:
+    if tokenizer.chat_template:
+        return f"the chat template of {whose}"
+    return "no chat template, so each text is continued as it stands"
 
 
 def converse(voices: Mapping[str, Conversation], terminal: Terminal) -> None:

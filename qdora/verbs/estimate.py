@@ -9,7 +9,7 @@ from typing import Any
 
 from qdora.arguments import flags_of, parse_estimate
 from qdora.errors import ConfigError
-from qdora.memory import Need, Plan
+from qdora.plan import Need, Plan
 from qdora.planner import asked_plan, choose, memory_model, usable_bytes
 from qdora.shards import format_bytes
 

@@ -20,15 +20,17 @@ from tqdm import tqdm
 
 from qdora.adapterfile import loads_in_4bit, read_adapter
 from qdora.answers import Question, answer, count_matches, questions
+from qdora.architecture import context_of, is_nf4_checkpoint
+from qdora.arithmetic import pick_device, usual_dtype
 from qdora.choices import Accuracy, Choice, accuracy, choice_rows
 from qdora.data import EncodedData, encode
 from qdora.errors import CheckpointError, DataError
 from qdora.generation import place_of
 from qdora.inject import adapted_linears, adapters_disabled
 from qdora.measure import padded_batches, row_likelihoods, score
-from qdora.model import context_of, is_nf4_checkpoint, load_model, pick_device, usual_dtype
+from qdora.model import load_model
 from qdora.output import replace_text
-from qdora.rows import read_rows
+from qdora.rows import Row, read_rows
 from qdora.scoring import ScoredModel
 from qdora.sources import local_model
 from qdora.tables import aligned
@@ -137,7 +139,7 @@ def evaluate(
         exact_match_rows: so many rows are answered and compared.
         choices: words of which each answer holds one, see `choices`.
         loss_on_all: count prompts too.
-        dtype: of the arithmetic; see `model.usual_dtype`.
+        dtype: of the arithmetic; see `arithmetic.usual_dtype`.
         load_in_4bit: quantize a 16-bit `model` as it loads; by default only if the adapter was trained on NF4.
         allow_other_base: measure the adapter on other weights than it was trained on, see `kinship`.
 
@@ -164,29 +166,24 @@ def evaluate(
     )
     limit = context_of(loaded.config)
     length = min(filter(None, (max_length, limit)), default=None)
-    data = encode(rows, tokenizer, length, dataset, loss_on_all, _bar("tokenize", "rows"))
-    whole = encode(rows[:exact_match_rows], tokenizer, None, dataset) if exact_match_rows else None
-    asked = [] if whole is None else questions(whole, tokenizer)
-    asked = [question for question in asked if limit is None or len(question.prompt) + question.tokens < limit - 8]
-    variants = [encode(choice.rows, tokenizer, length, dataset) for choice in chosen]
-    _check_variants(variants, chosen, dataset)
-    exam = _Exam(data, asked, chosen, variants, batch_size)
-    found, answers = {}, {}
+    exam = _Exam(
+        data=encode(rows, tokenizer, length, dataset, loss_on_all, _bar("tokenize", "rows")),
+        asked=_questions(rows[:exact_match_rows], tokenizer, limit, dataset),
+        choices=chosen,
+        choice_data=_choice_data(chosen, tokenizer, length, dataset),
+        batch_size=batch_size,
+    )
+    results = {}
     with adapters_disabled(loaded):
-        found["base"], answers["base"] = _examine(loaded, tokenizer, exam, "base")
+        results["base"] = _examine(loaded, tokenizer, exam, "base")
     if adapted_linears(loaded):
-        found["adapter"], answers["adapter"] = _examine(loaded, tokenizer, exam, "adapter")
-    del loaded
+        results["adapter"] = _examine(loaded, tokenizer, exam, "adapter")
+    del loaded  # there may be no room for two
     if merged is not None:
-        plain = load_model(
-            merged,
-            dtype=dtype or usual_dtype(local_model(merged), False, place),
-            device=place,
-            load_in_4bit=False,
-            trust_remote_code=trust_remote_code,
-        )
-        found["merged"], answers["merged"] = _examine(plain, tokenizer, exam, "merged")
-    return EvaluateReport(str(dataset), str(data), len(asked), len(chosen), found, answers)
+        results["merged"] = _examine(_load_merged(merged, dtype, place, trust_remote_code), tokenizer, exam, "merged")
+    models = {name: measured for name, (measured, _) in results.items()}
+    answers = {name: given for name, (_, given) in results.items()}
+    return EvaluateReport(str(dataset), str(exam.data), len(exam.asked), len(chosen), models, answers)
 
 
 def _examine(model: Any, tokenizer: Any, exam: _Exam, name: str) -> tuple[Measured, list[tuple[str, str]]]:
@@ -222,13 +219,33 @@ def _check_merged(merged: str | Path | None, trust_remote_code: bool) -> None:
         raise CheckpointError(f"{merged} is in NF4, so it is no merged model; give it in the base model's place")
 
 
-def _check_variants(variants: Sequence[EncodedData], chosen: Sequence[Choice], dataset: str | Path) -> None:
-    """A choice that was cut would be measured by its beginning."""
+def _load_merged(merged: str | Path, dtype: str | None, place: torch.device, trust_remote_code: bool) -> Any:
+    return load_model(
+        merged,
+        dtype=dtype or usual_dtype(local_model(merged), False, place),
+        device=place,
+        load_in_4bit=False,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _questions(rows: list[Row], tokenizer: Any, limit: int | None, dataset: str | Path) -> list[Question]:
+    """What is to be answered: rows that, with their answers, fit into what the model takes."""
+    asked = questions(encode(rows, tokenizer, None, dataset), tokenizer) if rows else []
+    return [question for question in asked if limit is None or len(question.prompt) + question.tokens < limit - 8]
+
+
+def _choice_data(
+    chosen: Sequence[Choice], tokenizer: Any, length: int | None, dataset: str | Path
+) -> list[EncodedData]:
+    """The variants of each question. None may be cut, for it would be measured by its beginning."""
+    variants = [encode(choice.rows, tokenizer, length, dataset) for choice in chosen]
     for number, (data, choice) in enumerate(zip(variants, chosen, strict=True), 1):
         if len(data) != len(choice.rows) or data.cut:
             raise DataError(
                 f"{dataset}, row {number}: its choices do not fit in max_length; raise it or leave the row out"
             )
+    return variants
 
 
 def _bar(what: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:

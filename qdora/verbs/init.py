@@ -15,12 +15,12 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from qdora.architecture import model_facts
 from qdora.arguments import flags_of, parse_train
 from qdora.data import EncodedData, encode
 from qdora.errors import ConfigError
-from qdora.memory import Need
-from qdora.model import model_facts
 from qdora.output import replace_text
+from qdora.plan import Need
 from qdora.planner import asked_plan, choose, memory_model, usable_bytes
 from qdora.rows import Row, read_rows
 from qdora.tokenizer import load_tokenizer

@@ -22,12 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qdora.adapterfile import AdapterFile, LinearAdapter, read_adapter
+from qdora.architecture import is_nf4_checkpoint
+from qdora.arithmetic import compute_dtype
 from qdora.base import BaseWeight
 from qdora.baseweights import StoredBase
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError, NumericsError
 from qdora.kinship import Kinship
-from qdora.model import compute_dtype, is_nf4_checkpoint
 from qdora.output import check_output, new_directory, write_json
 from qdora.shards import ShardWriter, format_bytes, parse_size
 from qdora.sources import copy_side_files, local_model
@@ -102,20 +103,9 @@ def merge(
     known.settle(adapter, base, allow_other_base)
     with new_directory(out, overwrite) as directory:
         with ShardWriter(directory, shard_bytes) as writer:
-            for key in _progress(stored.keys()):
-                writer.add(key, _finite(key, _merged(key, stored, file), out_dtype))
-            parted = parted_head(stored, file)
-            if parted is not None and parted[0] not in stored.reader:
-                writer.add(parted[0], _finite(*parted, out_dtype))
-        report = MergeReport(
-            out=Path(out),
-            base=stored.kind,
-            dtype=dtype,
-            merged_linears=len(file.linears),
-            bytes_written=writer.total_bytes,
-            comparison=None,
-        )
-        _write_config(source, directory, dtype, parted is not None)
+            is_parted = _write_tensors(writer, stored, file, out_dtype)
+        report = MergeReport(Path(out), stored.kind, dtype, len(file.linears), writer.total_bytes, comparison=None)
+        _write_config(source, directory, dtype, is_parted)
         copy_side_files(source, directory)
         # The comparison comes before the result gets its name: what fails it is not left behind as a success.
         report.not_compared = _reason_against(
@@ -128,6 +118,16 @@ def merge(
             report.comparison.check(out)
         _write_record(directory, report, base, adapter, known)
     return report
+
+
+def _write_tensors(writer: ShardWriter, stored: StoredBase, file: AdapterFile, dtype: torch.dtype) -> bool:
+    """Every tensor of the merged model; returns whether its head is another matrix than its embedding by now."""
+    for key in _progress(stored.keys()):
+        writer.add(key, _finite(key, _merged(key, stored, file), dtype))
+    parted = parted_head(stored, file)
+    if parted is not None and parted[0] not in stored.reader:
+        writer.add(parted[0], _finite(*parted, dtype))
+    return parted is not None
 
 
 def _reason_against(verify: bool | None, fits: bool, directory: Path, trust_remote_code: bool) -> str:

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qdora.architecture import Linears, is_nf4_checkpoint, model_linears
+from qdora.arithmetic import compute_dtype, pick_device
 from qdora.errors import CheckpointError
 from qdora.experts import STACKS
 from qdora.kinship import QUANTIZE_RECORD
 from qdora.loader import nf4_config
-from qdora.model import Linears, compute_dtype, is_nf4_checkpoint, model_linears, pick_device
-from qdora.nf4 import NF4Weight, quantize_nf4
+from qdora.nf4 import NF4Weight
+from qdora.nf4format import quantize_nf4
 from qdora.output import check_output, new_directory, scratch_beside, write_json
 from qdora.shards import ShardReader, ShardWriter, fingerprint, format_bytes, parse_size
 from qdora.sources import copy_side_files, find_gguf, gguf_to_directory, local_model

@@ -16,21 +16,20 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import enable_full_determinism, set_seed
 from transformers.utils import logging
 
-from qdora.arguments import adapter_config, flags_of, parse_train, rates
+from qdora.arguments import adapter_config, flags_of, parse_train
+from qdora.assembly import build_trainer
 from qdora.config import AdapterConfig
 from qdora.corpus import Corpus, load_corpus, use_chat_template
 from qdora.curves import loss_series
-from qdora.data import EncodedData
 from qdora.distributed import is_main, processes, say
 from qdora.ending import end_for_memory, way_back
 from qdora.errors import CheckpointError, ConfigError, NumericsError, QDoRAError, out_of_memory, reason
 from qdora.exhausted import Headroom, memory_explained
-from qdora.flags import OWN_OPTIMIZERS, RunArguments
+from qdora.flags import RunArguments
 from qdora.groups import freeze_part
 from qdora.holding import linears_to_hold
 from qdora.hub import take_destination
@@ -39,16 +38,13 @@ from qdora.lock import locked
 from qdora.model import load_model, trainable_parameters
 from qdora.movement import MovementWatch
 from qdora.notes import Intention, leave_notes
-from qdora.optimizer import CompensatedAdamW
 from qdora.output import writing
-from qdora.packing import settle_packing
 from qdora.planner import adopt, asked_plan, choose, hollow_of, memory_model, usable_bytes
 from qdora.preflight import check_original, check_place, check_sharded, check_trackers
 from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
 from qdora.resume import RecordKeeper, Start, begin_record, finish_record, start
 from qdora.sharding import Sharding, take_sharding
-from qdora.shards import parse_size
 from qdora.signals import Stopped, StopRequest
 from qdora.tokenizer import load_tokenizer
 
@@ -147,7 +143,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     meant = Intention.of(run, training, need)
     request = StopRequest()
     with memory_explained("before the first step", headroom):
-        trainer = _build_trainer(model, tokenizer, training, corpus, run, sharding, request)
+        trainer = build_trainer(model, tokenizer, training, corpus, run, sharding, request)
     trainer.add_callback(RecordKeeper(beginning))
     trainer.accelerator.wait_for_everyone()  # all have seen the directory as it was
     if is_main():
@@ -233,70 +229,6 @@ def _places(training: Any, sharding: Sharding | None) -> str:
         return str(training.device)
     how = "each with the whole model" if sharding is None else "the model sharded over them (FSDP2)"
     return f"{processes()} processes ({training.device.type}), {how}"
-
-
-def _build_trainer(
-    model: Any,
-    tokenizer: Any,
-    training: Any,
-    corpus: Corpus,
-    run: RunArguments,
-    sharding: Sharding | None,
-    request: StopRequest,
-) -> Any:
-    from datasets import Dataset
-    from transformers import EarlyStoppingCallback
-
-    from qdora.trainer import AdapterTrainer, KeepInputsOnHost, MeasureTheEnd, StopWhenAsked
-
-    training.dataloader_pin_memory &= training.device.type != "cpu"
-    callbacks: list[Any] = [MovementWatch()]
-    if run.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(run.early_stopping_patience, run.early_stopping_threshold))
-    if training.load_best_model_at_end and training.eval_strategy == "steps":
-        callbacks.append(MeasureTheEnd())
-    if training.activation_offloading:
-        callbacks.append(KeepInputsOnHost(training.device))
-        training.activation_offloading = False  # TRL would offload whatever is saved
-    callbacks.append(StopWhenAsked(request))  # after those that may end it otherwise
-    keep, training.save_total_limit = training.save_total_limit, None
-    settle_packing(training)
-    if getattr(training, "router_aux_loss_coef", 0.0) is None:
-        # Newer TRL balances a mixture's experts by default, for which all logits must be there; but routers are frozen.
-        training.router_aux_loss_coef = 0.0
-    model.train()
-
-    def dataset(encoded: EncodedData) -> Dataset:
-        return Dataset.from_dict({"input_ids": encoded.input_ids, "labels": encoded.labels})
-
-    try:
-        return AdapterTrainer(
-            model=model,
-            args=training,
-            train_dataset=dataset(corpus.data),
-            eval_dataset=None if corpus.evaluation is None else dataset(corpus.evaluation),
-            processing_class=tokenizer,
-            optimizer_cls_and_kwargs=_own_optimizer(training),
-            callbacks=callbacks,
-            chunk_bytes=parse_size(run.loss_chunk_size),
-            sharding=sharding,
-            rates=rates(run, training),
-            asked=corpus.asked,
-            skips_nonfinite=run.on_nonfinite == "skip",
-            keep=keep,
-        )
-    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
-        if out_of_memory(error):
-            raise
-        raise ConfigError(f"these training flags do not fit together: {reason(error)}") from None
-
-
-def _own_optimizer(training: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """AdamW means ours, which trains bf16 as if it were fp32; any other name is the trainer's."""
-    if training.optim not in OWN_OPTIMIZERS:
-        return None
-    betas = (training.adam_beta1, training.adam_beta2)
-    return CompensatedAdamW, {"lr": training.learning_rate, "betas": betas, "eps": training.adam_epsilon}
 
 
 def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:

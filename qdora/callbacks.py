@@ -1,0 +1,75 @@
+"""What happens between the steps of a run, in the trainer's own way of hooking in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from qdora.numerics import FiniteGuard
+from qdora.offload import HostInputs
+from qdora.signals import Stopped, StopRequest
+
+__all__ = ["KeepInputsOnHost", "MeasureTheEnd", "StopWhenAsked", "TellWhereItBegins"]
+
+
+class TellWhereItBegins(TrainerCallback):
+    """Tells the guard at which step a run, maybe a resumed one, begins."""
+
+    def __init__(self, guard: FiniteGuard) -> None:
+        self._guard = guard
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._guard.start(state.global_step)
+
+
+class MeasureTheEnd(TrainerCallback):
+    """Evaluate, and save, after the last step too: otherwise what came after the last evaluation could not be kept."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+
+class StopWhenAsked(TrainerCallback):
+    """Ends the training after the step in which a signal asked for it, once a checkpoint is saved.
+
+    All processes end after the same step, whichever of them got the signal and when. At the end of an epoch the
+    checkpoint waits for the evaluation that is due then, or a resumed run would go without it; and a run that is at its
+    end ends as it would.
+
+    Args:
+        request: entered while the training runs.
+    """
+
+    def __init__(self, request: StopRequest) -> None:
+        self._request, self._number = request, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        number = torch.tensor(self._request.number, device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        self._number = 0 if control.should_training_stop else int(number)
+        if self._number and not float(state.epoch).is_integer():
+            control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._number and not control.should_training_stop:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._number and not control.should_training_stop:
+            where = f"{args.output_dir}/checkpoint-{state.global_step}"
+            at = f" after step {state.global_step} of {state.max_steps}"
+            raise Stopped(self._number, f"{at}, saved as {where}; the same command goes on from there")
+
+
+class KeepInputsOnHost(TrainerCallback):
+    """Lets the layers' inputs wait on the host, once the trainer has enabled gradient checkpointing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        HostInputs(self._device).install(model)
