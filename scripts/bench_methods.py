@@ -1,13 +1,15 @@
 """The contestants of `bench_step.py`: one optimizer step by each method, and the shapes they are run on.
 
-Every method but the last two gets the same model, loss (chunked, from the last hidden states), AdamW and non-reentrant
-checkpointing of each decoder layer; adapters in bf16 on all linears, no dropout. PEFT gets its fastest settings: no
-fp32 upcast of the adapters (`autocast_adapter_dtype=False`) and no `prepare_model_for_kbit_training`, which upcasts
-everything that is in 16 bits.
+Every method but the last three gets the same model, loss (chunked, from the last hidden states), AdamW and
+non-reentrant checkpointing of each decoder layer; adapters in bf16 on all linears, no dropout. PEFT gets its fastest
+settings: no fp32 upcast of the adapters (`autocast_adapter_dtype=False`) and no `prepare_model_for_kbit_training`,
+which upcasts everything that is in 16 bits.
 
-The last two are bounds. "dense, no adapters" is the same step of the same model in bf16, with adapters of rank 1 on the
-first layer's q, k and v only, so that gradients flow as they must: what any method does, and nothing of its own. The
-matmul floor is the large products of that, alone.
+The last three are bounds. "dense, no adapters" is the same step of the same model in bf16, with adapters of rank 1 on
+the first layer's q, k and v only, so that gradients flow as they must: what any method does, and nothing of its own.
+The matmul floor is the large products of that, alone. "QDoRA's operations" are those products out of NF4 weights, with
+all that QDoRA computes around them, called one after another: no autograd, no optimizer. The model without adapters,
+and what these operations take beyond the matmul floor, is the least that QDoRA can take without kernels of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import qdora
 from qdora.inject import attach, hold_outputs
 from qdora.loader import nf4_config
 from qdora.loss import answer_loss
+from qdora.nf4 import NF4Weight
 from qdora.nf4format import quantize_nf4
 from qdora.output import new_directory, write_json
 from qdora.shards import ShardWriter
@@ -40,6 +43,7 @@ METHODS = {
     "PEFT LoRA dense": ("peft", "dense", False),
     "dense, no adapters": ("bare", "dense", False),
     "matmul floor": ("floor", "dense", False),
+    "QDoRA's operations": ("operations", "nf4", True),
 }
 Step = Callable[[], float]
 """Runs one step and returns its loss."""
@@ -138,6 +142,8 @@ def prepare(method: str, workload: Workload, directory: Path, rank: int, device:
     ids = torch.randint(0, workload.vocabulary, (workload.batch, workload.length), device=device)
     if engine == "floor":
         return lambda: _floor(workload, device)
+    if engine == "operations":
+        return lambda: _operations(workload, rank, device)
     if engine.startswith("qdora"):
         model = qdora.load_model(directory, device=device, load_in_4bit=False)
     else:
@@ -202,6 +208,61 @@ def _floor(workload: Workload, device: torch.device) -> Step:
         for transposed, (rows, columns) in products:
             weight = weights[rows, columns]
             torch.mm(inputs[rows], weight) if transposed else torch.mm(inputs[columns], weight.t())
+        return 0.0
+
+    return step
+
+
+class _Operands:
+    """What one linear computes with."""
+
+    def __init__(self, packed: dict[str, Tensor], rank: int, needs_dx: bool, device: torch.device) -> None:
+        self.weight = NF4Weight.from_tensors({name: tensor.to(device, copy=True) for name, tensor in packed.items()})
+        rows, columns = self.weight.out_features, self.weight.in_features
+        self.A, self.B = (torch.randn(shape, device=device).bfloat16() for shape in ((rank, columns), (rows, rank)))
+        self.c, self.needs_dx = torch.ones(rows, device=device), needs_dx
+
+    def norm(self) -> None:
+        for _, tile in self.weight.tiles(torch.bfloat16):
+            tile @ self.A.t()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.low_rank(x)
+        return self.weight.linear(x, self.c).addmm_(h, self.B.t()), h
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        return x @ self.A.t()
+
+    def backward(self, x: Tensor, h: Tensor, y: Tensor, g: Tensor) -> None:
+        dh = g @ self.B
+        dh.t() @ x, g.t() @ h, (g * y).sum(dim=0)
+        if self.needs_dx:
+            self.weight.linear_transposed(g, self.c).addmm_(dh, self.A)
+
+
+def _operations(workload: Workload, rank: int, device: torch.device) -> Step:
+    """What QDoRA with held outputs computes in the linears and the head, one operation after another."""
+    sizes = {size for _, rows, columns in workload.linears() for size in (rows, columns)}
+    some = {size: torch.randn(workload.tokens, size, device=device).bfloat16() for size in sizes}
+    packed = {(o, i): quantize_nf4(torch.randn(o, i).mul_(0.02).bfloat16()) for _, o, i in workload.linears()}
+    layers = [
+        [_Operands(packed[o, i], rank, number > 0 or name not in "qkv", device) for name, o, i in workload.linears()]
+        for number in range(workload.layers)
+    ]
+    head = torch.randn(workload.vocabulary, workload.hidden, device=device).bfloat16()
+    logits = torch.randn(workload.tokens, workload.vocabulary, device=device).bfloat16()
+
+    def step() -> float:
+        for layer in layers:
+            for linear in layer:
+                linear.norm()
+                linear.forward(some[linear.weight.in_features])
+        some[workload.hidden] @ head.t(), logits @ head
+        for layer in reversed(layers):
+            kept = [linear.forward(some[linear.weight.in_features]) for linear in layer[:-1]]
+            kept.append((some[workload.hidden], layer[-1].low_rank(some[workload.intermediate])))
+            for linear, (y, h) in zip(reversed(layer), reversed(kept), strict=True):
+                linear.backward(some[linear.weight.in_features], h, y, some[linear.weight.out_features])
         return 0.0
 
     return step

@@ -108,7 +108,7 @@ def compare(arguments: argparse.Namespace, workload: str, rank: int) -> dict[str
     peaks = {
         method: run_child(arguments, "memory", method, workload, rank)["peak_bytes"]
         for method in arguments.methods
-        if METHODS[method][0] != "floor"
+        if METHODS[method][0] not in ("floor", "operations")
     }
     medians = {method: statistics.median(times) for method, times in seconds.items()}
     report(workload, medians, peaks)
