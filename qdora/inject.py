@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from qdora.base import BaseWeight
@@ -30,8 +31,12 @@ __all__ = [
     "freeze_packed",
     "linear_paths",
     "linear_shape",
+    "make_plain",
     "prepare_targets",
 ]
+
+# x @ weight.T + bias, written out.
+_LINEAR_TOO = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
 
 def linear_paths(model: nn.Module) -> list[str]:
@@ -52,6 +57,18 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
         return out_features, in_features
     module: Any = linear
     return module.out_features, module.in_features
+
+
+def make_plain(model: nn.Module) -> None:
+    """Put an `nn.Linear` in the place of each linear of another class that computes the same, with its parameters.
+
+    transformers packs no others: of a Falcon, asked for in 4 bits, it leaves all linears in 16, and says so to the log.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear and _computes_as_linear(module):
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            plain.weight, plain.bias = module.weight, module.bias
+            model.set_submodule(path, plain)
 
 
 def adapted_linears(model: nn.Module) -> dict[str, DoRALinear]:
@@ -187,7 +204,19 @@ def _dense_linear(base: BaseWeight, bias: Tensor | None, dtype: torch.dtype) -> 
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D | FrozenLinear | DoRALinear) or is_packed_linear(module)
+    ours_or_packed = isinstance(module, Conv1D | FrozenLinear | DoRALinear) or is_packed_linear(module)
+    return ours_or_packed or _computes_as_linear(module)
+
+
+def _computes_as_linear(module: nn.Module) -> bool:
+    """`nn.Linear`, or one of its children that leaves the arithmetic as it is: some choose experts, or work in groups.
+
+    `nn.MultiheadAttention` has one that is never called, for it takes the weight out of it.
+    """
+    kind = type(module)
+    if not isinstance(module, nn.Linear) or kind is NonDynamicallyQuantizableLinear:
+        return False
+    return kind.forward is nn.Linear.forward or f"{kind.__module__}.{kind.__qualname__}" in _LINEAR_TOO
 
 
 def _base_of(module: nn.Module) -> tuple[BaseWeight, Tensor | None]:

@@ -31,6 +31,7 @@ from qdora.base import BaseWeight
 from qdora.dense import DenseWeight
 from qdora.errors import CheckpointError
 from qdora.experts import STACKS, RoutedExperts, hollow_experts, router_paths
+from qdora.inject import make_plain
 from qdora.nf4 import NF4Weight
 from qdora.nf4format import quantize_nf4, states_by_weight
 from qdora.shards import ShardReader
@@ -77,6 +78,7 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         hollow_experts(model)
+        make_plain(model)
         routers = router_paths(model)
         if routers and not self.pre_quantized:
             self.quantization_config.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *routers]

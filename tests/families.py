@@ -27,6 +27,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 32, "sliding_window": 32},
     "phi": {},  # biases everywhere, the head's too
     "phi3": {},  # q, k and v in one linear, gate and up in another
+    "falcon": {"num_kv_heads": 4},  # linears of a class of its own; adds the residual in place
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},  # Conv1D: (in, out)
 }
 _ROUTED: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
@@ -51,7 +52,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = DENSE | MIXTURES
-IN_PLACE: dict[str, dict[str, Any]] = {"falcon": {"num_kv_heads": 4}}  # adds the residual in place
 
 
 def make_family(name: str, directory: Path, **changes: Any) -> Path:
@@ -60,7 +60,7 @@ def make_family(name: str, directory: Path, **changes: Any) -> Path:
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     settings = {} if name == "gpt2" else _COMMON
     config = AutoConfig.for_model(
-        name, **{**settings, "vocab_size": len(tokenizer), **ids, **(FAMILIES | IN_PLACE)[name], **changes}
+        name, **{**settings, "vocab_size": len(tokenizer), **ids, **FAMILIES[name], **changes}
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

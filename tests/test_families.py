@@ -31,6 +31,7 @@ SHARE_IN_NF4 = {
     "gemma3_text": 0.79,
     "phi": 0.52,
     "phi3": 0.59,
+    "falcon": 0.77,
     "gpt2": 0.69,
     "mixtral": 0.81,
     "qwen2_moe": 0.74,
@@ -81,6 +82,18 @@ def test_plain_transformers_reads_the_nf4_checkpoint_of_dense_families(name: str
     # Where there are biases, bitsandbytes rounds once after adding them.
     expected, found = plain(IDS).logits.detach().float(), ours(IDS).logits.detach().float()
     assert float((found - expected).norm() / expected.norm()) < 1.5e-2
+
+
+def test_linears_of_another_class_are_quantized_as_they_load(tmp_path: Path) -> None:
+    """transformers leaves a Falcon's in 16 bits, whatever it was asked for."""
+    source, base = make_family("falcon", tmp_path / "source"), tmp_path / "base"
+    qdora.quantize(source, base)
+    as_it_loads, packed = (qdora.load_model(path, adapter=ADAPTER) for path in (source, base))
+    for model in (as_it_loads, packed):
+        layers = adapted_linears(model).values()
+        assert len(layers) == 8
+        assert all(isinstance(layer.base, NF4Weight) for layer in layers)
+    assert torch.equal(as_it_loads(IDS).logits, packed(IDS).logits)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])

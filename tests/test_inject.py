@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import qdora
 from qdora import AdapterConfig, ConfigError
 from qdora.dora import DoRALinear, FrozenLinear
-from qdora.inject import adapted_linears, attach, linear_paths
+from qdora.inject import adapted_linears, attach, linear_paths, make_plain
 from tests.conftest import disturb
 
 IDS = torch.arange(3, 23)[None]
@@ -86,3 +87,29 @@ def test_disabled_adapters_give_the_base(tiny_nf4: Path) -> None:
     with qdora.adapters_disabled(model):
         assert torch.equal(model(IDS).logits, fresh)
     assert torch.equal(model(IDS).logits, trained)
+
+
+class Renamed(nn.Linear):
+    """As `nn.Linear`, under another name."""
+
+
+class Chooser(nn.Linear):
+    """No linear to whom calls it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).argmax(-1)
+
+
+def test_what_only_looks_like_a_linear_is_left_alone() -> None:
+    model = nn.ModuleDict(
+        {"plain": nn.Linear(8, 8), "renamed": Renamed(8, 4, bias=False), "chooser": Chooser(8, 4)}
+        | {"attention": nn.MultiheadAttention(8, 2)}
+    )
+    weight, x = model["renamed"].weight, torch.randn(3, 8)
+    before = model["renamed"](x)
+    make_plain(model)
+    assert [type(model[name]) for name in ("plain", "renamed", "chooser")] == [nn.Linear, nn.Linear, Chooser]
+    assert model["renamed"].weight is weight
+    assert torch.equal(model["renamed"](x), before)
+    assert type(model["attention"].out_proj) is not nn.Linear
+    assert linear_paths(model) == ["plain", "renamed"]
