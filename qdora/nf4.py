@@ -22,7 +22,7 @@ The rejected alternative: bitsandbytes' own `Linear4bit.forward`. On a CPU with 
 eval mode, after which `dequantize_4bit` of it is garbage (relative error 1.41), and it unpacks the weight whole.
 Only its quantize and dequantize operators are used here, and those on whole blocks, as (blocks, 64) matrices: given a
 matrix of 64 × 144, the CPU operator of bitsandbytes 0.50 on AVX512 is 21 % off, for it loses count of the blocks where
-they straddle rows. This file and `nf4format` are the only doors to bitsandbytes' kernels.
+they straddle rows. `nf4format` is the door to bitsandbytes.
 
 Several processes. FSDP2 shards parameters and leaves buffers whole, so the packed bytes and the absmax are parameters,
 though nothing trains them: the absmax is 1/32 of the packed bytes (1/8 if it is not quantized itself), which, left

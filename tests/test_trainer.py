@@ -50,12 +50,6 @@ def test_the_best_is_kept_and_a_run_that_gets_worse_is_stopped(
     assert "12 rows in the prompt/completion layout" in out
 
 
-def test_the_last_step_is_measured_too(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
-    report = quick(tiny_nf4, pairs_file, tmp_path, max_steps=5, eval_dataset=str(pairs_file), eval_steps=2)
-    assert [row["step"] for row in log_of(tmp_path) if row["eval_loss"]] == ["2", "4", "5"]
-    assert report.best_step == 5
-
-
 def test_evaluation_does_not_depend_on_its_batches(tiny_nf4: Path, tmp_path: Path) -> None:
     data = tmp_path / "uneven.jsonl"
     rows = [{"prompt": "count:", "completion": " 1" * (1 + 5 * (i % 4))} for i in range(10)]

@@ -1,0 +1,75 @@
+"""What happens between the steps: the last one measured, and an end that was asked for."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from qdora.callbacks import StopWhenAsked, TellWhereItBegins
+from qdora.numerics import FiniteGuard
+from qdora.signals import Stopped, StopRequest
+from tests.test_train import quick
+from tests.test_trainer import log_of
+
+ARGS = SimpleNamespace(device="cpu", world_size=1, output_dir="out")
+
+
+def test_the_last_step_is_measured_too(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    report = quick(tiny_nf4, pairs_file, tmp_path, max_steps=5, eval_dataset=str(pairs_file), eval_steps=2)
+    assert [row["step"] for row in log_of(tmp_path) if row["eval_loss"]] == ["2", "4", "5"]
+    assert report.best_step == 5
+
+
+def control() -> Any:
+    return SimpleNamespace(should_save=False, should_training_stop=False)
+
+
+def state(step: int, epoch: float) -> Any:
+    return SimpleNamespace(global_step=step, epoch=epoch, max_steps=9)
+
+
+def asked_to_stop() -> StopWhenAsked:
+    return StopWhenAsked(cast(StopRequest, SimpleNamespace(number=int(signal.SIGTERM))))
+
+
+def test_a_run_that_is_asked_to_stop_saves_first() -> None:
+    callback, told = asked_to_stop(), control()
+    callback.on_step_end(ARGS, state(4, 0.5), told)
+    assert told.should_save
+    with pytest.raises(Stopped, match=r"after step 4 of 9, saved as out/checkpoint-4; the same command goes on"):
+        callback.on_save(ARGS, state(4, 0.5), told)
+
+
+def test_at_the_end_of_an_epoch_the_checkpoint_waits_for_the_evaluation() -> None:
+    callback, told = asked_to_stop(), control()
+    callback.on_step_end(ARGS, state(4, 1.0), told)
+    assert not told.should_save
+    callback.on_epoch_end(ARGS, state(4, 1.0), told)
+    assert told.should_save
+
+
+def test_a_run_at_its_end_ends_as_it_would() -> None:
+    callback, told = asked_to_stop(), control()
+    told.should_training_stop = True
+    callback.on_step_end(ARGS, state(9, 2.5), told)
+    callback.on_epoch_end(ARGS, state(9, 2.5), told)
+    callback.on_save(ARGS, state(9, 2.5), told)
+    assert not told.should_save
+
+
+def test_nobody_asked() -> None:
+    callback, told = StopWhenAsked(cast(StopRequest, SimpleNamespace(number=0))), control()
+    callback.on_step_end(ARGS, state(4, 0.5), told)
+    callback.on_save(ARGS, state(4, 0.5), told)
+    assert not told.should_save
+
+
+def test_the_guard_learns_where_a_run_begins() -> None:
+    steps: list[int] = []
+    guard = cast(FiniteGuard, SimpleNamespace(start=steps.append))
+    TellWhereItBegins(guard).on_train_begin(ARGS, state(7, 1.5), control())
+    assert steps == [7]
