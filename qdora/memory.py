@@ -82,7 +82,7 @@ class MemoryModel:
         key = (rows, holds)
         if key not in self._traces:
             batch, workspace = self._run.batch(rows), self._run.workspace
-            hold_outputs(self._small, self._holding if holds else ())
+            hold_outputs(self._small, self.holding if holds else ())
             with _said_by(self._model):
                 self._traces[key] = simulate_step(
                     self._small, batch, workspace, self._run.checkpointing, self._lean_loss
@@ -90,7 +90,8 @@ class MemoryModel:
         return self._traces[key]
 
     @cached_property
-    def _holding(self) -> tuple[str, ...]:
+    def holding(self) -> tuple[str, ...]:
+        """The linears that hold their outputs if a plan says so, see `linears_to_hold`."""
         return linears_to_hold(self._small)
 
     def _held(self, plan: Plan) -> int:
@@ -174,7 +175,7 @@ class MemoryModel:
     @property
     def can_hold_outputs(self) -> bool:
         """Whether there are outputs that a recompute makes in vain."""
-        return self._run.checkpointing and bool(self._holding)
+        return self._run.checkpointing and bool(self.holding)
 
     @property
     def can_offload_inputs(self) -> bool:

@@ -8,8 +8,10 @@ from qdora.shards import format_bytes
 from qdora.simulate import Batch
 from qdora.workspace import Workspace
 
-__all__ = ["Need", "Plan", "Run"]
+__all__ = ["SWITCHES", "Need", "Plan", "Run"]
 
+SWITCHES = ("hold_outputs", "activation_offloading", "embedding_on_host", "stream_base")
+"""What a plan turns on or off, by the flags of `qdora train`."""
 _GRANULE = 2**20
 
 
@@ -34,10 +36,7 @@ class Plan:
             f"--gradient_accumulation_steps {self.accumulation}",
             f"--loss_chunk_size {self.loss_chunk_bytes // _GRANULE}MiB",
         ]
-        for name in ("hold_outputs", "activation_offloading", "embedding_on_host", "stream_base"):
-            if getattr(self, name):
-                flags.append(f"--{name} true")
-        return " ".join(flags)
+        return " ".join([*flags, *(f"--{name} true" for name in SWITCHES if getattr(self, name))])
 
 
 @dataclass(frozen=True)

@@ -246,8 +246,8 @@ def _operations(workload: Workload, rank: int, device: torch.device) -> Step:
     some = {size: torch.randn(workload.tokens, size, device=device).bfloat16() for size in sizes}
     packed = {(o, i): quantize_nf4(torch.randn(o, i).mul_(0.02).bfloat16()) for _, o, i in workload.linears()}
     layers = [
-        [_Operands(packed[o, i], rank, number > 0 or name not in "qkv", device) for name, o, i in workload.linears()]
-        for number in range(workload.layers)
+        [_Operands(packed[o, i], rank, _needs_dx(layer, name), device) for name, o, i in workload.linears()]
+        for layer in range(workload.layers)
     ]
     head = torch.randn(workload.vocabulary, workload.hidden, device=device).bfloat16()
     logits = torch.randn(workload.tokens, workload.vocabulary, device=device).bfloat16()
@@ -273,10 +273,14 @@ def _products(workload: Workload) -> Iterator[tuple[bool, tuple[int, int]]]:
     for layer in range(workload.layers):
         for name, rows, columns in workload.linears():
             yield from [(False, (rows, columns))] * 2
-            if layer > 0 or name not in ("q", "k", "v"):  # nothing before the first layer trains
+            if _needs_dx(layer, name):
                 yield True, (rows, columns)
     head = (workload.vocabulary, workload.hidden)
     yield from [(False, head), (True, head)]
+
+
+def _needs_dx(layer: int, name: str) -> bool:
+    return layer > 0 or name not in ("q", "k", "v")  # nothing before the first layer trains
 
 
 def floor_flops(workload: Workload) -> float:

@@ -20,7 +20,7 @@ from qdora.arguments import flags_of, parse_train
 from qdora.data import EncodedData, encode
 from qdora.errors import ConfigError
 from qdora.output import replace_text
-from qdora.plan import Need
+from qdora.plan import SWITCHES, Need
 from qdora.planner import asked_plan, choose, memory_model, usable_bytes
 from qdora.rows import Row, read_rows
 from qdora.tokenizer import load_tokenizer
@@ -140,9 +140,7 @@ def _fit(settings: dict[str, Any], memory: str, use_cpu: bool) -> Need:
     settings["gradient_accumulation_steps"] = plan.accumulation
     if plan.loss_chunk_bytes != asked.loss_chunk_bytes:
         settings["loss_chunk_size"] = f"{plan.loss_chunk_bytes // 2**20}MiB"
-    for name in ("hold_outputs", "activation_offloading", "embedding_on_host", "stream_base"):
-        if getattr(plan, name):
-            settings[name] = True
+    settings |= {name: True for name in SWITCHES if getattr(plan, name)}
     return need
 
 

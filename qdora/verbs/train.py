@@ -123,7 +123,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
         check_sharded(run, training)
     check_original(run, training.trust_remote_code)
     _use_one_device(training)
-    need = _plan(run, training) if run.memory is not None or run.dry_run else None
+    need, holding = _plan(run, training) if run.memory is not None or run.dry_run else (None, None)
     if run.dry_run:
         return None
     destination = take_destination(training)
@@ -136,7 +136,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
         model = _load(run, training, adapter, sharding)
     freeze_part(model, run.freeze)
     if run.hold_outputs:
-        names = linears_to_hold(hollow_of(run, training))
+        names = linears_to_hold(hollow_of(run, training)) if holding is None else holding
         hold_outputs(model, names)
         say(f"holding the outputs of {', '.join(names) or 'no linear: none of this model is computed twice in vain'}")
     say(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {_places(training, sharding)}")
@@ -167,8 +167,12 @@ def _hush() -> None:
     warnings.simplefilter("ignore")
 
 
-def _plan(run: RunArguments, training: Any) -> str:
-    """Make the run fit in what it was given, and say what it takes."""
+def _plan(run: RunArguments, training: Any) -> tuple[str, tuple[str, ...]]:
+    """Make the run fit in what it was given, and say what it takes.
+
+    Returns:
+        What it takes, in words; the linears that hold their outputs.
+    """
     on_accelerator = training.device.type != "cpu"
     reckoned, plan = memory_model(run, training, on_accelerator), asked_plan(run, training)
     if run.memory is None:
@@ -177,7 +181,7 @@ def _plan(run: RunArguments, training: Any) -> str:
         plan, need = choose(reckoned, plan, usable_bytes(run.memory, on_accelerator), run.hold_outputs is None)
         adopt(plan, run, training)
     say(f"plan: {plan.flags()}\n{need}")
-    return str(need)
+    return str(need), reckoned.holding if plan.hold_outputs else ()
 
 
 def _make_repeatable(training: Any) -> None:
