@@ -41,8 +41,7 @@ Shape suffixes: T tokens, I in_features, O out_features, R rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.base import BaseWeight, KeepsDtype
-from qdora.product import RowScale, adapted_product, frozen_product
+from qdora.product import Operands, RowScale, adapted_product, frozen_product
 
 __all__ = ["DoRALinear", "FrozenLinear", "RowScale", "count_step", "merge_rows"]
 
@@ -89,11 +88,12 @@ class FrozenLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.in_features, self.out_features = base.in_features, base.out_features
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        with _compute_dtype(x) as dtype:
-            y_TO = frozen_product(x.to(dtype).reshape(-1, self.in_features), self.base)
-            return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)
+        return _in_own_dtype(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y_TO = frozen_product(x.reshape(-1, self.in_features), self.base)
+        return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)
 
 
 class DoRALinear(nn.Module):
@@ -145,18 +145,19 @@ class DoRALinear(nn.Module):
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, use_dora={self.use_dora}"
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        with _compute_dtype(x) as dtype:
-            x_TI = x.to(dtype).reshape(-1, self.in_features)
-            if self.enabled:
-                z_TI = self.dropout(x_TI) if self.training and self.dropout.p > 0 else None
-                trained = (self.lora_A, self.lora_B, self.magnitude_offset)
-                row_scale = self.row_scale(dtype)
-                y_TO = adapted_product(x_TI, z_TI, *trained, self.base, row_scale, self.scaling, self.hold_output)
-            else:
-                y_TO = frozen_product(x_TI, self.base)
-            return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)
+        return _in_own_dtype(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x_TI = x.reshape(-1, self.in_features)
+        if self.enabled:
+            z_TI = self.dropout(x_TI) if self.training and self.dropout.p > 0 else None
+            row_scale = self.row_scale(x.dtype)
+            operands = Operands(self.base, self.lora_A, self.lora_B, self.scaling, row_scale, self.hold_output)
+            y_TO = adapted_product(x_TI, z_TI, self.magnitude_offset, operands)
+        else:
+            y_TO = frozen_product(x_TI, self.base)
+        return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)
 
     def row_scale(self, dtype: torch.dtype = torch.float32) -> RowScale | None:
         """c and its companion for the adapter as it is now, computed at most once an optimizer step; None for LoRA.
@@ -185,8 +186,10 @@ class DoRALinear(nn.Module):
         norm_O = self.weight_norm(dtype)
         is_zero_O = norm_O == 0
         scale_O = (self.magnitude() / norm_O).masked_fill_(is_zero_O, 1)
-        scale_O = torch.where(scale_O.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE, scale_O)
-        return RowScale(scale_O, (scale_O * norm_O).reciprocal_().masked_fill_(is_zero_O, 0))
+        scale_O.masked_fill_(scale_O.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE)
+        return RowScale(
+            scale_O, (scale_O * self.scaling)[:, None], (scale_O * norm_O).reciprocal_().masked_fill_(is_zero_O, 0)
+        )
 
     @torch.no_grad()
     def weight_norm(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -198,8 +201,9 @@ class DoRALinear(nn.Module):
         s, A_RI, B_OR = self.scaling, self.lora_A.float(), self.lora_B.float()
         with torch.autocast(A_RI.device.type, enabled=False):
             At_IR = self.lora_A.to(dtype).t()
-            WAt_OR = torch.cat([tile_OI @ At_IR for _, tile_OI in self.base.tiles(dtype)]).float()
-            change_OR = torch.addmm(WAt_OR, B_OR, A_RI @ A_RI.t(), beta=2 * s, alpha=s**2).mul_(B_OR)
+            parts = [tile_OI @ At_IR for _, tile_OI in self.base.tiles(dtype)]
+            WAt_OR = parts[0] if len(parts) == 1 else torch.cat(parts)
+            change_OR = torch.addmm(WAt_OR.float(), B_OR, A_RI @ A_RI.t(), beta=2 * s, alpha=s**2).mul_(B_OR)
         return change_OR.sum(dim=1).addcmul_(self.base_norm(), self.base_norm()).clamp_(min=0).sqrt_()
 
     @torch.no_grad()
@@ -231,19 +235,23 @@ class _Constant(KeepsDtype):
         self.register_buffer("value", value, persistent=False)
 
 
-@contextmanager
-def _compute_dtype(x: Tensor) -> Iterator[torch.dtype]:
-    """Decide by hand what autocast would, and switch it off inside.
+def _in_own_dtype(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Decide by hand what autocast would, and switch it off inside; and step around `torch.compile`.
 
-    The arithmetic below chooses its dtypes with care (fp32 norms above all); autocast would override them.
+    The arithmetic chooses its dtypes with care (fp32 norms above all); autocast would override them.
     """
+    if torch.compiler.is_compiling():
+        return _uncompiled(compute, x)
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
-        yield x.dtype
-        return
-    dtype = torch.get_autocast_dtype(kind)
+        return compute(x)
     with torch.autocast(kind, enabled=False):
-        yield dtype
+        return compute(x.to(torch.get_autocast_dtype(kind)))
+
+
+@torch.compiler.disable
+def _uncompiled(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return _in_own_dtype(compute, x)
 
 
 def _with_bias(y_TO: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -135,9 +135,9 @@ class NF4Weight(KeepsDtype):
         if self.nested_absmax is None:
             return self.absmax.float()
         plain = torch.ops.bitsandbytes.dequantize_blockwise(
-            self.absmax.view(torch.uint8), self.nested_absmax, self.nested_code, NESTED_BLOCKSIZE, torch.float32
+            _as_bytes(self.absmax), self.nested_absmax, self.nested_code, NESTED_BLOCKSIZE, torch.float32
         )
-        return plain + self.nested_offset
+        return plain.add_(self.nested_offset)
 
     def tiles(self, dtype: torch.dtype, row_scale_O: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Walk the weight in tiles of whole rows.
@@ -149,46 +149,37 @@ class NF4Weight(KeepsDtype):
         Yields:
             (rows, tile): which rows, and their weights as a (rows, in_features) tensor that lives until the next.
         """
+        if (whole := self._only_tile(dtype, row_scale_O)) is not None:
+            yield slice(0, self.out_features), whole
+            return
         blocksize, in_features = self.blocksize, self.in_features
-        absmax, packed = self.block_absmax(), self.packed.view(torch.uint8)
+        packed, absmax = _as_bytes(self.packed), self.block_absmax()
         rows_are_blocks = in_features % blocksize == 0
         if row_scale_O is not None and rows_are_blocks:
-            absmax = (absmax.view(self.out_features, -1) * row_scale_O[:, None]).view(-1)
+            absmax = _scaled_rows(absmax, row_scale_O)
         for rows in self._tile_rows(dtype):
             start = rows.start * in_features // blocksize
             stop = math.ceil(rows.stop * in_features / blocksize)
-            flat = torch.ops.bitsandbytes.dequantize_4bit(
-                packed[start * blocksize // 2 : stop * blocksize // 2],
-                absmax[start:stop],
-                blocksize,
-                "nf4",
-                (stop - start, blocksize),
-                dtype,
-            )
-            tile = flat.view(-1)[: (rows.stop - rows.start) * in_features].view(-1, in_features)
-            if row_scale_O is not None and not rows_are_blocks:
-                tile = (tile * row_scale_O[rows, None]).to(dtype)
-            yield rows, tile
+            tile = self._unpack(packed[start * blocksize // 2 : stop * blocksize // 2], absmax[start:stop], dtype)
+            if rows_are_blocks:
+                yield rows, tile.view(-1, in_features)
+                continue
+            tile = tile.view(-1)[: (rows.stop - rows.start) * in_features].view(-1, in_features)
+            yield rows, tile if row_scale_O is None else (tile * row_scale_O[rows, None]).to(dtype)
 
     def column_tiles(self, dtype: torch.dtype, row_scale_O: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """As `tiles`, by columns: (columns, an (out_features, columns) tensor). Only where rows are whole blocks."""
         rows, blocksize = self.out_features, self.blocksize
-        absmax = self.block_absmax().view(rows, -1)
+        packed, absmax = _as_bytes(self.packed).view(rows, -1), self.block_absmax()
         if row_scale_O is not None:
-            absmax = absmax * row_scale_O[:, None]
-        packed = self.packed.view(torch.uint8).view(rows, -1)
+            absmax = _scaled_rows(absmax, row_scale_O)
+        absmax = absmax.view(rows, -1)
         step = max(1, workspace_of(self.device).tile_bytes // (dtype.itemsize * rows * blocksize))
         for start in range(0, absmax.shape[1], step):
             stop = min(start + step, absmax.shape[1])
-            tile = torch.ops.bitsandbytes.dequantize_4bit(
-                packed[:, start * blocksize // 2 : stop * blocksize // 2].contiguous().view(-1),
-                absmax[:, start:stop].contiguous().view(-1),  # the operator does not look at strides
-                blocksize,
-                "nf4",
-                (rows * (stop - start), blocksize),
-                dtype,
-            )
-            yield slice(start * blocksize, stop * blocksize), tile.view(rows, -1)
+            part = packed[:, start * blocksize // 2 : stop * blocksize // 2].contiguous().view(-1)
+            scales = absmax[:, start:stop].contiguous().view(-1)  # bitsandbytes does not look at strides
+            yield slice(start * blocksize, stop * blocksize), self._unpack(part, scales, dtype).view(rows, -1)
 
     def _tile_rows(self, dtype: torch.dtype) -> Iterator[slice]:
         unit = self.blocksize // math.gcd(self.in_features, self.blocksize)
@@ -196,8 +187,29 @@ class NF4Weight(KeepsDtype):
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
 
+    def _unpack(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some blocks, (blocks, blocksize)."""
+        shape = (absmax.shape[0], self.blocksize)
+        return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, self.blocksize, "nf4", shape, dtype)
+
+    def _only_tile(self, dtype: torch.dtype, row_scale_O: Tensor | None) -> Tensor | None:
+        """The weight whole, (O, I), if it is no larger than a tile and its rows are whole blocks; else None.
+
+        What `tiles` would give, but straight: in a small model half of what a linear costs is not arithmetic.
+        """
+        out_features, in_features, blocksize = self.out_features, self.in_features, self.blocksize
+        too_large = dtype.itemsize * out_features * in_features > workspace_of(self.device).tile_bytes
+        if too_large or in_features % blocksize:
+            return None
+        packed, absmax, shape = _as_bytes(self.packed), self.block_absmax(), (out_features, in_features)
+        if row_scale_O is not None:
+            absmax = absmax.view(out_features, -1) * row_scale_O[:, None]
+        return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, "nf4", shape, dtype)
+
     def linear(self, x_TI: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
         """x · (scale ⊙ W)ᵀ, as a (T, O) tensor of x's dtype."""
+        if (W_OI := self._only_tile(x_TI.dtype, row_scale_O)) is not None:
+            return x_TI @ W_OI.t()
         y_TO = x_TI.new_empty(x_TI.shape[0], self.out_features)
         for rows, tile in self.tiles(x_TI.dtype, row_scale_O):
             torch.mm(x_TI, tile.t(), out=y_TO[:, rows])
@@ -205,6 +217,8 @@ class NF4Weight(KeepsDtype):
 
     def linear_transposed(self, g_TO: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
         """g · (scale ⊙ W), as a (T, I) tensor of g's dtype: what `linear` needs in its backward."""
+        if (W_OI := self._only_tile(g_TO.dtype, row_scale_O)) is not None:
+            return g_TO @ W_OI
         dx_TI = g_TO.new_empty(g_TO.shape[0], self.in_features)
         if self.in_features % self.blocksize == 0:
             for columns, tile in self.column_tiles(g_TO.dtype, row_scale_O):
@@ -227,6 +241,15 @@ class NF4Weight(KeepsDtype):
         for rows, tile in self.tiles(dtype):
             whole[rows] = tile
         return whole
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Without their disguise, if they wear one."""
+    return tensor if tensor.dtype == torch.uint8 else tensor.view(torch.uint8)
+
+
+def _scaled_rows(absmax: Tensor, row_scale_O: Tensor) -> Tensor:
+    return (absmax.view(row_scale_O.shape[0], -1) * row_scale_O[:, None]).view(-1)
 
 
 def is_packed_linear(module: nn.Module) -> bool:
