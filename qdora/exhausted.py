@@ -68,7 +68,8 @@ def _innermost(frames: list[FrameType], model: nn.Module) -> str:
     """The path of the deepest module that was at work, or whose weight was; empty if there is none."""
     paths = {id(module): path for path, module in model.named_modules()}
     for frame in reversed(frames):
-        at_work = (_self(frame), getattr(frame.f_locals.get("ctx"), "base", None))
+        node = frame.f_locals.get("ctx")
+        at_work = (_self(frame), getattr(getattr(node, "operands", node), "base", None))
         found = next((paths[id(module)] for module in at_work if paths.get(id(module))), None)
         if found is not None:
             return found.removesuffix(".base")
