@@ -64,9 +64,10 @@ def test_from_16_bits_to_a_merged_model(name: str, pairs_file: Path, tmp_path: P
     qdora.merge(base, adapter, merged, verify=False)
     assert set(ShardReader(merged)) == set(ShardReader(source))
     plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    with torch.no_grad():
-        expected, found = (model(IDS.view(8, 5)).logits.flatten(1) for model in (trained, plain))
     # A router near a tie may send a token to another expert after any rounding; not in most of eight texts.
+    texts = IDS.view(8, 5) if name in MIXTURES else IDS
+    with torch.no_grad():
+        expected, found = (model(texts).logits.flatten(1) for model in (trained, plain))
     error = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).median())
     assert error < 2e-3
     print(f"\n| {name} | {100 * quantized.share_in_nf4:.0f} % | {len(layers)} | {error:.1e} |")
