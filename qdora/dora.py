@@ -160,7 +160,7 @@ class DoRALinear(nn.Module):
         return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)
 
     def row_scale(self, dtype: torch.dtype = torch.float32) -> RowScale | None:
-        """c and its companion for the adapter as it is now, computed at most once an optimizer step; None for LoRA.
+        """c and its companions for the adapter as it is now, computed at most once an optimizer step; None for LoRA.
 
         Args:
             dtype: of the forward, see `weight_norm`.

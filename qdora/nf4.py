@@ -197,14 +197,14 @@ class NF4Weight(KeepsDtype):
 
         What `tiles` would give, but straight: in a small model half of what a linear costs is not arithmetic.
         """
-        out_features, in_features, blocksize = self.out_features, self.in_features, self.blocksize
+        out_features, in_features = self.out_features, self.in_features
         too_large = dtype.itemsize * out_features * in_features > workspace_of(self.device).tile_bytes
-        if too_large or in_features % blocksize:
+        if too_large or in_features % self.blocksize:
             return None
-        packed, absmax, shape = _as_bytes(self.packed), self.block_absmax(), (out_features, in_features)
+        absmax = self.block_absmax()
         if row_scale_O is not None:
-            absmax = absmax.view(out_features, -1) * row_scale_O[:, None]
-        return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, "nf4", shape, dtype)
+            absmax = _scaled_rows(absmax, row_scale_O)
+        return self._unpack(_as_bytes(self.packed), absmax, dtype).view(out_features, in_features)
 
     def linear(self, x_TI: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
         """x · (scale ⊙ W)ᵀ, as a (T, O) tensor of x's dtype."""
