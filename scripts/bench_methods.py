@@ -5,6 +5,9 @@ non-reentrant checkpointing of each decoder layer; adapters in bf16 on all linea
 settings: no fp32 upcast of the adapters (`autocast_adapter_dtype=False`) and no `prepare_model_for_kbit_training`,
 which upcasts everything that is in 16 bits.
 
+"held" keeps the outputs of `down_proj` from the forward on (`--hold_outputs`); "m frozen" trains A and B alone
+(`--freeze magnitude`), and tells what the gradient of the magnitude costs.
+
 The last three are bounds. "dense, no adapters" is the same step of the same model in bf16, with adapters of rank 1 on
 the first layer's q, k and v only, so that gradients flow as they must: what any method does, and nothing of its own.
 The matmul floor is the large products of that, alone. "QDoRA's operations" are those products out of NF4 weights, with
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qdora
+from qdora.groups import MAGNITUDE, freeze_part
 from qdora.inject import attach, hold_outputs
 from qdora.loader import nf4_config
 from qdora.loss import answer_loss
@@ -35,6 +39,7 @@ from qdora.shards import ShardWriter
 METHODS = {
     "qdora QDoRA": ("qdora", "nf4", True),
     "qdora QDoRA, held": ("qdora holding", "nf4", True),
+    "qdora QDoRA, m frozen": ("qdora frozen", "nf4", True),
     "qdora QLoRA": ("qdora", "nf4", False),
     "qdora DoRA dense": ("qdora", "dense", True),
     "qdora LoRA dense": ("qdora", "dense", False),
@@ -158,6 +163,7 @@ def prepare(method: str, workload: Workload, directory: Path, rank: int, device:
         else:
             adapted = _with_qdora(model, rank, use_dora)
             hold_outputs(model, ("mlp.down_proj",) if engine == "qdora holding" else ())
+            freeze_part(model, MAGNITUDE if engine == "qdora frozen" else "none")
         return training_step(adapted, model, ids)
 
     return adapt

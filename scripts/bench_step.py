@@ -4,8 +4,9 @@
     python scripts/bench_step.py --workloads "7B-shaped, 2 layers, 1024 tokens" --methods "qdora QDoRA" "PEFT QLoRA"
 
 Each measurement is a process of its own. The methods take turns, round after round, so that a machine that slows down
-slows all of them; what is reported is the median over the rounds of each process's median step. Memory is the most
-that torch's allocator held above the loaded base model (adapters, optimizer state and caches count), from the
+slows all of them. Seconds are the median over the rounds of each process's median step; a ratio of two methods is the
+median of their ratios in the single rounds, which a machine that changes from round to round disturbs less. Memory is
+the most that torch's allocator held above the loaded base model (adapters, optimizer state and caches count), from the
 profiler's record of each allocation on the CPU and `max_memory_allocated` on CUDA. Run it alone on the machine.
 """
 
@@ -111,7 +112,7 @@ def compare(arguments: argparse.Namespace, workload: str, rank: int) -> dict[str
         if METHODS[method][0] not in ("floor", "operations")
     }
     medians = {method: statistics.median(times) for method, times in seconds.items()}
-    report(workload, medians, peaks)
+    report(workload, seconds, peaks)
     return {
         "workload": workload,
         "rank": rank,
@@ -132,17 +133,22 @@ def run_child(arguments: argparse.Namespace, what: str, method: str, workload: s
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(workload: str, medians: dict[str, float], peaks: dict[str, int]) -> None:
+def report(workload: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> None:
     """The table: seconds, tokens per second, MB, and what qdora QDoRA costs as a share of each."""
-    print(f"  {'method':<18} {'s/step':>8} {'tokens/s':>9} {'MB':>7}   QDoRA ÷ it: time, memory")
-    for method, seconds in medians.items():
-        peak = peaks.get(method)
-        line = f"  {method:<18} {seconds:8.3f} {WORKLOADS[workload].tokens / seconds:9.0f} "
+    print(f"  {'method':<21} {'s/step':>8} {'tokens/s':>9} {'MB':>7}   QDoRA ÷ it: time, memory")
+    for method, times in seconds.items():
+        median, peak = statistics.median(times), peaks.get(method)
+        line = f"  {method:<21} {median:8.3f} {WORKLOADS[workload].tokens / median:9.0f} "
         line += f"{peak / 1e6:7.0f}" if peak else f"{'':7}"
-        if OURS in medians:
-            line += f"   {medians[OURS] / seconds:.3f}"
+        if OURS in seconds:
+            line += f"   {ratio(seconds[OURS], times):.3f}"
             line += f", {peaks[OURS] / peak:.3f}" if peak else ""
         print(line)
+
+
+def ratio(ours: list[float], other: list[float]) -> float:
+    """The median over the rounds of what one method took as a share of what the other did in the same round."""
+    return statistics.median(a / b for a, b in zip(ours, other, strict=True))
 
 
 def write(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:

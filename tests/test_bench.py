@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_methods import METHODS, WORKLOADS, Workload, floor_flops
+from bench_step import ratio
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -26,6 +27,7 @@ def test_bench_step(tmp_path: Path) -> None:
     methods = [
         "qdora QDoRA",
         "qdora QDoRA, held",
+        "qdora QDoRA, m frozen",
         "PEFT QDoRA",
         "dense, no adapters",
         "matmul floor",
@@ -35,8 +37,14 @@ def test_bench_step(tmp_path: Path) -> None:
     (result,) = run("bench_step.py", tmp_path / "step.json", *flags)["results"]
     assert list(result["median_seconds"]) == methods
     assert all(seconds > 0 for seconds in result["median_seconds"].values())
-    assert result["peak_bytes_above_model"].keys() == set(methods[:-2])
+    peaks = result["peak_bytes_above_model"]
+    assert peaks.keys() == set(methods[:-2])
+    assert peaks["qdora QDoRA, m frozen"] < peaks["qdora QDoRA"]
     assert (tmp_path / "step.png").stat().st_size > 0
+
+
+def test_a_ratio_is_of_what_ran_in_one_round() -> None:
+    assert ratio([1.0, 20.0, 3.0], [2.0, 40.0, 3.0]) == 0.5
 
 
 def test_bench_linear(tmp_path: Path) -> None:
