@@ -14,6 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qdora import ConfigError
 from qdora.dora import DoRALinear
+from qdora.product import _column_dots
+from qdora.workspace import Workspace, assume
+from tests.memory import allocated_by
 from tests.test_dora import make_layer
 
 
@@ -188,3 +191,16 @@ def test_nothing_is_kept_for_what_is_frozen(frozen: tuple[str, ...], kept: set[t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(torch.randn(9, 128, requires_grad=True))
     assert shapes == kept
+
+
+def test_column_sums_of_bf16_are_added_in_fp32() -> None:
+    ones = torch.ones(2, 3, dtype=torch.bfloat16)
+    rows = torch.tensor([[256.0], [1.0]], dtype=torch.bfloat16).expand(2, 3)
+    assert _column_dots(ones, rows).tolist() == [257.0] * 3  # which bf16 rounds to 256
+
+
+def test_column_sums_take_no_more_than_the_workspace() -> None:
+    a, b = torch.randn(2, 1536, 64)
+    with assume(Workspace(tile_bytes=2**20, reduce_bytes=2**15)):
+        assert allocated_by(lambda: _column_dots(a, b)) < 2**15 + 8 * 4 * 64  # and some rows of sums
+        torch.testing.assert_close(_column_dots(a, b), (a * b).sum(dim=0))
