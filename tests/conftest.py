@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,11 @@ CORPUS = [
     "The quick brown fox jumps over the lazy dog while the user and the assistant count from 0 to 123456789.",
     "system user assistant content JSON expense appointment Monday Tuesday dollars euros pounds",
 ]
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in its background so, and the processes that the tests interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
