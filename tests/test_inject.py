@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import qdora
-from qdora import AdapterConfig, ConfigError
+from qdora import AdapterConfig, CheckpointError, ConfigError
 from qdora.dora import DoRALinear, FrozenLinear
-from qdora.inject import adapted_linears, attach, linear_paths, make_plain
+from qdora.inject import (
+    adapted_linears,
+    attach,
+    decoder_layers,
+    freeze_dense,
+    freeze_packed,
+    hold_outputs,
+    linear_paths,
+    linear_shape,
+    make_plain,
+)
+from qdora.nf4 import NF4Weight
+from qdora.whole import trained_whole
 from tests.conftest import disturb
 
 IDS = torch.arange(3, 23)[None]
@@ -63,10 +78,27 @@ def test_a_typo_in_the_targets(tiny_nf4: Path) -> None:
             qdora.load_model(tiny_nf4, adapter=AdapterConfig(target_modules=targets))
 
 
+def test_what_is_said_of_a_typo(tiny_nf4: Path) -> None:
+    known = r"\(there are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\)"
+    for targets, message in [
+        ("nothing.*", rf"^target_modules 'nothing\.\*' matches no linear {known}$"),
+        ("qproj", rf"^target_modules 'qproj' matches no linear {known}; did you mean q_proj\?$"),
+        (("q_proj", "vproj"), rf"^target module 'vproj' matches no linear {known}; did you mean v_proj\?$"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            qdora.load_model(tiny_nf4, adapter=AdapterConfig(target_modules=targets))
+
+
 def test_attaching_twice(tiny_nf4: Path) -> None:
     model = qdora.load_model(tiny_nf4, adapter=AdapterConfig())
-    with pytest.raises(ConfigError, match="already carries adapters"):
+    with pytest.raises(ConfigError, match=r"^the model already carries adapters; load it afresh to attach others$"):
         attach(model, AdapterConfig())
+
+
+def test_attaching_trains_modules_whole(tiny_nf4: Path) -> None:
+    model = qdora.load_model(tiny_nf4)
+    assert len(attach(model, AdapterConfig(rank=4, modules_to_save=("norm",)))) == 14
+    assert list(trained_whole(model)) == ["model.norm"]
 
 
 @pytest.mark.parametrize("load_in_4bit", [True, False])
@@ -113,3 +145,95 @@ def test_what_only_looks_like_a_linear_is_left_alone() -> None:
     assert torch.equal(model["renamed"](x), before)
     assert type(model["attention"].out_proj) is not nn.Linear
     assert linear_paths(model) == ["plain", "renamed"]
+
+
+class Packed(nn.Module):
+    """A linear and a head as somebody may have quantized them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = self._packed(), self._packed()
+
+    @staticmethod
+    def _packed() -> Linear4bit:
+        linear = Linear4bit(128, 96, quant_type="nf4")
+        linear.weight = Params4bit(torch.randn(96, 128), requires_grad=False, quant_type="nf4")
+        return linear.to("cpu")  # this quantizes
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def test_packed_linears_are_frozen_in_place_and_a_head_is_plain() -> None:
+    model = Packed()
+    address, biases = (
+        model.body.weight.data_ptr(),
+        [linear.bias.detach().clone() for linear in (model.body, model.head)],
+    )
+    base = NF4Weight.from_packed_linear(model.head)
+    freeze_packed(model, torch.bfloat16)
+    body: Any = model.body
+    assert isinstance(body, FrozenLinear)
+    assert body.base.packed.data_ptr() == address
+    assert torch.equal(body.bias, biases[0])
+    head = model.head
+    assert type(head) is nn.Linear
+    assert head.weight.dtype == head.bias.dtype == torch.bfloat16
+    assert torch.equal(head.bias, biases[1].bfloat16())
+    assert torch.equal(head.weight, base.dequantize(torch.bfloat16))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_adapter_keeps_the_bias_and_takes_its_dtype() -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(64, 32)})
+    x = torch.randn(3, 64)
+    before = model["linear"](x)
+    assert attach(model, AdapterConfig(rank=4, dtype="float32")) == ["linear"]
+    torch.testing.assert_close(model["linear"](x), before)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_outputs_are_held_where_they_are_named_and_nowhere_else(tiny_nf4: Path) -> None:
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4))
+    for names in (("mlp.down_proj", "self_attn.o_proj"), ("mlp.down_proj",)):
+        hold_outputs(model, names)
+        held = {path for path, layer in adapted_linears(model).items() if layer.hold_output}
+        assert held == {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in names}
+
+
+def test_a_packed_weight_of_another_shape_than_its_module() -> None:
+    model = Packed()
+    model.body.in_features = 64
+    with pytest.raises(CheckpointError, match=r"^the weight of body is \(96, 128\), and \(96, 64\) by config.json$"):
+        freeze_packed(model, torch.bfloat16)
+
+
+def test_dense_linears_are_frozen_over_the_same_memory() -> None:
+    model = nn.ModuleDict({"plain": nn.Linear(8, 4), "turned": Conv1D(4, 8), "packed": Packed().body})
+    assert linear_shape(model["plain"]) == linear_shape(model["turned"]) == (4, 8)
+    x, addresses = torch.randn(3, 8), [model[name].weight.data_ptr() for name in ("plain", "turned")]
+    before = [model[name](x) for name in ("plain", "turned")]
+    freeze_dense(model)
+    for name, address, expected in zip(("plain", "turned"), addresses, before, strict=True):
+        frozen: Any = model[name]
+        assert isinstance(frozen, FrozenLinear)
+        assert frozen.base.weight.data_ptr() == address
+        torch.testing.assert_close(frozen(x), expected)
+    assert isinstance(model["packed"], Linear4bit)
+
+
+class Layer(nn.Module):
+    """What transformers can checkpoint."""
+
+    gradient_checkpointing = False
+
+
+def test_decoder_layers_are_the_longest_list_of_what_can_be_checkpointed() -> None:
+    model = nn.Module()
+    model.none, model.experts = nn.ModuleList(), nn.ModuleList(nn.Linear(2, 2) for _ in range(5))
+    model.vision, model.text = (nn.ModuleList(Layer() for _ in range(layers)) for layers in (2, 3))
+    model.pooler = nn.ModuleList([Layer()])
+    assert decoder_layers(model) == list(model.text)
+    with pytest.raises(ConfigError, match=r"^Linear has no decoder layers that can be checkpointed or streamed$"):
+        decoder_layers(nn.Linear(2, 2))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
 from qdora.errors import CheckpointError
 from qdora.nf4 import NF4Weight
-from qdora.nf4format import is_nf4_key, quantize_nf4
+from qdora.nf4format import is_nf4_key, quantize_nf4, states_by_weight
 from tests.test_nf4 import random_weight
 
 
@@ -55,6 +58,83 @@ def test_every_key_that_is_written_is_a_key_of_the_format() -> None:
         assert is_nf4_key(f"a.weight.b.weight.{key}") == bool(key)
 
 
+def test_the_states_of_a_checkpoint_by_weight() -> None:
+    keys = [
+        "a.weight",
+        "a.weight.absmax",
+        "b.weight.c.weight",
+        "b.weight.c.weight.quant_map",
+        "a.weight.quant_map",
+        "d.bias",
+    ]
+    assert states_by_weight(keys) == {
+        "a.weight": ["a.weight.absmax", "a.weight.quant_map"],
+        "b.weight.c.weight": ["b.weight.c.weight.quant_map"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("shape", None, "an NF4 weight must be a matrix, found the shape None; quantize the model again"),
+        ("shape", (4096,), "an NF4 weight must be a matrix, found the shape (4096,); quantize the model again"),
+        ("shape", (0, 64), "an NF4 weight must be a matrix, found the shape (0, 64); quantize the model again"),
+        ("blocksize", 63, "blocks of 63 weights are unknown; quantize the model again"),
+        ("blocksize", 64.0, "blocks of 64.0 weights are unknown; quantize the model again"),
+        ("dtype", torch.int8, "an NF4 weight of torch.int8 is unknown; quantize the model again"),
+        ("dtype", "bfloat16", "an NF4 weight of 'bfloat16' is unknown; quantize the model again"),
+        (
+            "offset",
+            torch.zeros((), dtype=torch.float64),
+            "what quantizes an NF4 weight's absmax must be float32; quantize the model again",
+        ),
+        (
+            "absmax",
+            torch.zeros(64),
+            "the absmax of an NF4 weight does not fit what quantizes it; quantize the model again",
+        ),
+        ("code", torch.zeros(16), "the values of an NF4 weight are not NF4's; quantize the model again"),
+        (
+            "offset",
+            torch.tensor(-1.0),
+            "an absmax of an NF4 weight is negative, not finite or above 65504; the checkpoint is damaged, "
+            "quantize the model again",
+        ),
+    ],
+)
+def test_refuses_a_state_that_describes_no_weight(name: str, value: Any, message: str) -> None:
+    packed, state = bnb.quantize_4bit(random_weight(64, 64), quant_type="nf4", compress_statistics=True)
+    setattr(state, name, value)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        NF4Weight(packed, state)
+
+
+def test_refuses_a_weight_without_a_state() -> None:
+    message = "^a linear that should be in NF4 has no quant state; quantize the model again$"
+    with pytest.raises(CheckpointError, match=message):
+        NF4Weight(torch.zeros(2048, dtype=torch.uint8), None)
+
+
+def test_refuses_a_code_of_the_absmax_beyond_one() -> None:
+    tensors = quantize_nf4(random_weight(64, 64))
+    tensors["nested_quant_map"] = tensors["nested_quant_map"] * 1.5
+    message = "^the code of an NF4 weight's absmax reaches beyond 1; quantize the model again$"
+    with pytest.raises(CheckpointError, match=message):
+        NF4Weight.from_tensors(tensors)
+
+
+def test_takes_what_is_unusual_and_right() -> None:
+    one_row, zeros = random_weight(1, 64), torch.zeros(64, 64)
+    assert NF4Weight.from_tensors(quantize_nf4(one_row)).out_features == 1
+    assert torch.equal(NF4Weight.from_tensors(quantize_nf4(zeros, double_quant=False)).dequantize(), zeros)
+    tensors = quantize_nf4(random_weight(64, 64))
+    tensors["quant_map"] = tensors["quant_map"].bfloat16().float()  # half a thousandth off
+    with pytest.raises(CheckpointError, match="not NF4's"):
+        NF4Weight.from_tensors(tensors)
+    tensors["quant_map"] = quantize_nf4(random_weight(64, 64))["quant_map"].half().float()
+    NF4Weight.from_tensors(tensors)
+
+
 def test_refuses_another_nested_blocksize() -> None:
     packed, state = bnb.quantize_4bit(random_weight(64, 64), quant_type="nf4", compress_statistics=True)
     state.state2.blocksize = 128
@@ -79,8 +159,16 @@ def test_refuses_scales_that_cannot_be(part: str, value: float, message: str) ->
         NF4Weight.from_tensors(tensors)
 
 
-@pytest.mark.parametrize("damage", ["short", "float64", "gone", "state"])
-def test_refuses_what_does_not_fit_together(damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("short", "does not fit what quantizes it"),
+        ("float64", "must be float32"),
+        ("gone", "cannot be read: .*quant_map"),
+        ("state", "cannot be read: .*[a-z]"),
+    ],
+)
+def test_refuses_what_does_not_fit_together(damage: str, message: str) -> None:
     tensors = quantize_nf4(torch.randn(64, 64))
     if damage == "short":
         tensors["nested_absmax"] = tensors["nested_absmax"][:0]
@@ -90,7 +178,7 @@ def test_refuses_what_does_not_fit_together(damage: str) -> None:
         del tensors["quant_map"]
     else:
         tensors["quant_state.bitsandbytes__nf4"] = torch.frombuffer(bytearray(b"[" * 9999), dtype=torch.uint8)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=message):
         NF4Weight.from_tensors(tensors)
 
 
