@@ -112,8 +112,7 @@ def compare(arguments: argparse.Namespace, workload: str, rank: int) -> dict[str
         if METHODS[method][0] not in ("floor", "operations")
     }
     medians = {method: statistics.median(times) for method, times in seconds.items()}
-    report(workload, seconds, peaks)
-    return {
+    result = {
         "workload": workload,
         "rank": rank,
         "tokens": WORKLOADS[workload].tokens,
@@ -122,6 +121,8 @@ def compare(arguments: argparse.Namespace, workload: str, rank: int) -> dict[str
         "median_seconds": medians,
         "peak_bytes_above_model": peaks,
     }
+    report(result)
+    return result
 
 
 def run_child(arguments: argparse.Namespace, what: str, method: str, workload: str, rank: int) -> dict[str, Any]:
@@ -133,15 +134,16 @@ def run_child(arguments: argparse.Namespace, what: str, method: str, workload: s
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(workload: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> None:
+def report(result: dict[str, Any]) -> None:
     """The table: seconds, tokens per second, MB, and what qdora QDoRA costs as a share of each."""
+    seconds, peaks = result["seconds"], result["peak_bytes_above_model"]
     print(f"  {'method':<21} {'s/step':>8} {'tokens/s':>9} {'MB':>7}   QDoRA ÷ it: time, memory")
-    for method, times in seconds.items():
-        median, peak = statistics.median(times), peaks.get(method)
-        line = f"  {method:<21} {median:8.3f} {WORKLOADS[workload].tokens / median:9.0f} "
+    for method, median in result["median_seconds"].items():
+        peak = peaks.get(method)
+        line = f"  {method:<21} {median:8.3f} {result['tokens'] / median:9.0f} "
         line += f"{peak / 1e6:7.0f}" if peak else f"{'':7}"
         if OURS in seconds:
-            line += f"   {ratio(seconds[OURS], times):.3f}"
+            line += f"   {ratio(seconds[OURS], seconds[method]):.3f}"
             line += f", {peaks[OURS] / peak:.3f}" if peak else ""
         print(line)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -28,6 +28,7 @@ from qdora.inject import (
 from qdora.nf4 import NF4Weight
 from qdora.whole import trained_whole
 from tests.conftest import disturb
+from tests.test_nf4 import packed_linear
 
 IDS = torch.arange(3, 23)[None]
 
@@ -153,13 +154,7 @@ class Packed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.body, self.head = self._packed(), self._packed()
-
-    @staticmethod
-    def _packed() -> Linear4bit:
-        linear = Linear4bit(128, 96, quant_type="nf4")
-        linear.weight = Params4bit(torch.randn(96, 128), requires_grad=False, quant_type="nf4")
-        return linear.to("cpu")  # this quantizes
+        self.body, self.head = (packed_linear(torch.randn(96, 128), bias=True) for _ in range(2))
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head

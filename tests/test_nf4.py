@@ -93,8 +93,8 @@ def test_the_bytes_are_padded_to_whole_blocks_and_no_further() -> None:
     assert weight.state_dict().keys() == {"packed", "absmax"}
 
 
-def packed_linear(weight: Tensor) -> Linear4bit:
-    linear = Linear4bit(weight.shape[1], weight.shape[0], bias=False, quant_type="nf4")
+def packed_linear(weight: Tensor, bias: bool = False) -> Linear4bit:
+    linear = Linear4bit(weight.shape[1], weight.shape[0], bias=bias, quant_type="nf4")
     linear.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
     return linear.to("cpu")  # this quantizes
 
@@ -163,18 +163,18 @@ def test_tiles_take_turns_and_no_more_room_than_they_must(shape: tuple[int, int]
         assert torch.allclose(torch.cat(tiles, dim=1), whole * scale[:, None], rtol=1e-6, atol=0)
 
 
-def test_a_scale_that_rides_in_the_absmax_is_not_rounded_by_itself() -> None:
+@pytest.mark.parametrize("workspace", [ONE_ROW, WHOLE])
+def test_a_scale_that_rides_in_the_absmax_is_not_rounded_by_itself(workspace: Workspace) -> None:
     """bf16 rounds by half of 2⁻⁷ at most: once where rows are blocks, and once more where the tile is scaled after."""
     for shape, roundings in [((96, 128), 1), ((50, 100), 2)]:
         parts = quantize_nf4(random_weight(*shape))
         scale = torch.rand(shape[0]) + 0.5
         exact = truth(parts, shape) * scale.double()[:, None]
-        for workspace in (ONE_ROW, WHOLE):
-            with assume(workspace):
-                for rows, tile in NF4Weight.from_tensors(parts).tiles(torch.bfloat16, scale):
-                    assert tile.dtype == torch.bfloat16
-                    error = (tile.double() - exact[rows]).abs()
-                    assert (error <= 1.001 * roundings * 2**-8 * exact[rows].abs()).all()
+        with assume(workspace):
+            for rows, tile in NF4Weight.from_tensors(parts).tiles(torch.bfloat16, scale):
+                assert tile.dtype == torch.bfloat16
+                error = (tile.double() - exact[rows]).abs()
+                assert (error <= 1.001 * roundings * 2**-8 * exact[rows].abs()).all()
 
 
 def test_the_transposed_product_is_rounded_once() -> None:
