@@ -31,7 +31,7 @@ __all__ = ["linears_to_hold"]
 
 _BATCH = Batch(rows=1, length=8, padded=False)
 # What is computed does not hang on the tiles; the fewer there are, the sooner it is known.
-_WHOLE = Workspace(tile_bytes=2**60, reduce_bytes=2**60)
+_WHOLE = Workspace(tile_bytes=2**60)
 
 
 def linears_to_hold(model: nn.Module) -> tuple[str, ...]:

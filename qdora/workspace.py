@@ -1,4 +1,4 @@
-"""How much is unpacked, multiplied or summed at once: the sizes of short-lived buffers, by the kind of device."""
+"""How much is unpacked and multiplied at once: the sizes of short-lived buffers, by the kind of device."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ class Workspace:
 
     tile_bytes: int
     """Of one dequantized tile of a base weight."""
-    reduce_bytes: int
-    """Of the temporaries of a sum over activations."""
 
 
-# Tiles: 4 to 16 MiB measured alike (4096×11008, 1,024 tokens), 1 MiB and whole weights at up to twice the time. Sums:
-# small enough for the allocator to keep at hand, for 3 MiB temporaries cost ten times their arithmetic in page faults.
-CPU = Workspace(tile_bytes=8 * 2**20, reduce_bytes=2**20)
+# 4 to 16 MiB measured alike (4096×11008, 1,024 tokens), 1 MiB and whole weights at up to twice the time.
+CPU = Workspace(tile_bytes=8 * 2**20)
 # Reckoned, not yet measured: 8 MiB are too few rows to keep all processors of a large GPU busy, and each launch costs.
-ACCELERATOR = Workspace(tile_bytes=64 * 2**20, reduce_bytes=64 * 2**20)
+ACCELERATOR = Workspace(tile_bytes=64 * 2**20)
 
 _assumed: Workspace | None = None
 

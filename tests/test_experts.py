@@ -162,7 +162,7 @@ def test_only_experts_with_tokens_are_dequantized_and_never_whole() -> None:
         y = torch.utils.checkpoint.checkpoint(holder.experts, x, chosen, weights, use_reentrant=False)
         y.sum().backward()
 
-    with assume(Workspace(tile_bytes=2**14, reduce_bytes=2**14)):
+    with assume(Workspace(tile_bytes=2**14)):
         step()
         assert set(asked) == {2, 5}
         # the activations of an expert: 16 tokens of 2 × 256 + 256 + 128, some of them a few times

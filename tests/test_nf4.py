@@ -13,7 +13,7 @@ from qdora.nf4format import quantize_nf4
 from qdora.workspace import Workspace, assume
 from tests.reference import nf4 as reference
 
-ONE_ROW, WHOLE = Workspace(tile_bytes=1, reduce_bytes=1), Workspace(tile_bytes=10**9, reduce_bytes=1)
+ONE_ROW, WHOLE = Workspace(tile_bytes=1), Workspace(tile_bytes=10**9)
 """In tiles as small as they can be, and in one."""
 SHAPES = [(96, 128), (50, 100), (7, 33), (64, 64), (3, 200), (130, 72)]
 
@@ -48,7 +48,7 @@ def test_tiles_of_any_size_give_the_same_weight(shape: tuple[int, int]) -> None:
     whole = weight.dequantize()
     scale = torch.randn(shape[0])
     for size in (1, 4 * 64 * shape[1], 10**9):
-        with assume(Workspace(tile_bytes=size, reduce_bytes=1)):
+        with assume(Workspace(tile_bytes=size)):
             assert torch.equal(weight.dequantize(), whole)
             scaled = torch.cat([tile for _, tile in weight.tiles(torch.float32, scale)])
         assert torch.allclose(scaled, whole * scale[:, None], rtol=1e-6, atol=0)
@@ -146,7 +146,7 @@ def test_tiles_take_turns_and_no_more_room_than_they_must(shape: tuple[int, int]
     whole, scale = weight.dequantize(), torch.rand(shape[0]) + 0.5
     unit = {192: 1, 100: 16, 33: 64}[shape[1]]
     for units in (0, 1, 3, 99):
-        with assume(Workspace(tile_bytes=units * unit * shape[1] * 4, reduce_bytes=1)):
+        with assume(Workspace(tile_bytes=units * unit * shape[1] * 4)):
             rows = [(rows.start, rows.stop) for rows, _ in weight.tiles(torch.float32)]
         step = max(units, 1) * unit
         assert rows == [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
@@ -155,7 +155,7 @@ def test_tiles_take_turns_and_no_more_room_than_they_must(shape: tuple[int, int]
     (columns, _), *others = weight.column_tiles(torch.float32)  # in the usual workspace
     assert (columns.start, columns.stop, others) == (0, shape[1], [])
     for units in (0, 1, 2, 9):
-        with assume(Workspace(tile_bytes=units * 64 * shape[0] * 4, reduce_bytes=1)):
+        with assume(Workspace(tile_bytes=units * 64 * shape[0] * 4)):
             columns, tiles = zip(*weight.column_tiles(torch.float32, scale), strict=True)
         step = max(units, 1) * 64
         expected = [(start, min(start + step, shape[1])) for start in range(0, shape[1], step)]
@@ -181,7 +181,7 @@ def test_the_transposed_product_is_rounded_once() -> None:
     weight = NF4Weight.from_tensors(quantize_nf4(random_weight(256, 128)))
     g = torch.randn(32, 256).bfloat16()
     exact = g.double() @ weight.dequantize(torch.bfloat16).double()
-    with assume(Workspace(tile_bytes=1, reduce_bytes=1)):
+    with assume(Workspace(tile_bytes=1)):
         ours = weight.linear_transposed(g)
     assert (ours.double() - exact).norm() < 4e-3 * exact.norm()
 

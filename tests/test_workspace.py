@@ -13,7 +13,7 @@ def test_by_device() -> None:
 
 
 def test_assumed_ones_hold_within() -> None:
-    small = Workspace(1024, 1024)
+    small = Workspace(1024)
     with assume(small):
         with assume(ACCELERATOR):
             assert workspace_of(torch.device("cpu")) is ACCELERATOR
