@@ -40,31 +40,15 @@ def build_trainer(
         ConfigError: flags that do not fit together.
     """
     from datasets import Dataset
-    from transformers import EarlyStoppingCallback
 
-    from qdora.callbacks import KeepInputsOnHost, MeasureTheEnd, StopWhenAsked
     from qdora.trainer import AdapterTrainer
-
-    training.dataloader_pin_memory &= training.device.type != "cpu"
-    callbacks: list[Any] = [MovementWatch()]
-    if run.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(run.early_stopping_patience, run.early_stopping_threshold))
-    if training.load_best_model_at_end and training.eval_strategy == "steps":
-        callbacks.append(MeasureTheEnd())
-    if training.activation_offloading:
-        callbacks.append(KeepInputsOnHost(training.device))
-        training.activation_offloading = False  # TRL would offload whatever is saved
-    callbacks.append(StopWhenAsked(request))  # after those that may end it otherwise
-    keep, training.save_total_limit = training.save_total_limit, None
-    settle_packing(training)
-    if getattr(training, "router_aux_loss_coef", 0.0) is None:
-        # Newer TRL balances a mixture's experts by default, for which all logits must be there; but routers are frozen.
-        training.router_aux_loss_coef = 0.0
-    model.train()
 
     def dataset(encoded: EncodedData) -> Dataset:
         return Dataset.from_dict({"input_ids": encoded.input_ids, "labels": encoded.labels})
 
+    callbacks, keep = _callbacks(training, run, request), training.save_total_limit
+    _settle(training)
+    model.train()
     try:
         return AdapterTrainer(
             model=model,
@@ -85,6 +69,33 @@ def build_trainer(
         if out_of_memory(error):
             raise
         raise ConfigError(f"these training flags do not fit together: {reason(error)}") from None
+
+
+def _callbacks(training: Any, run: RunArguments, request: StopRequest) -> list[Any]:
+    from transformers import EarlyStoppingCallback
+
+    from qdora.callbacks import KeepInputsOnHost, MeasureTheEnd, StopWhenAsked
+
+    callbacks: list[Any] = [MovementWatch()]
+    if run.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(run.early_stopping_patience, run.early_stopping_threshold))
+    if training.load_best_model_at_end and training.eval_strategy == "steps":
+        callbacks.append(MeasureTheEnd())
+    if training.activation_offloading:
+        callbacks.append(KeepInputsOnHost(training.device))
+    callbacks.append(StopWhenAsked(request))  # after those that may end it otherwise
+    return callbacks
+
+
+def _settle(training: Any) -> None:
+    """Take from the trainer's arguments, in place, what is done here in another way."""
+    training.dataloader_pin_memory &= training.device.type != "cpu"
+    training.activation_offloading = False  # TRL would offload whatever is saved
+    training.save_total_limit = None
+    settle_packing(training)
+    if getattr(training, "router_aux_loss_coef", 0.0) is None:
+        # Newer TRL balances a mixture's experts by default, for which all logits must be there; but routers are frozen.
+        training.router_aux_loss_coef = 0.0
 
 
 def _own_optimizer(training: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
