@@ -52,6 +52,8 @@ METHODS = {
 }
 Step = Callable[[], float]
 """Runs one step and returns its loss."""
+Mark = Callable[[str], None]
+"""Told the name of each phase of a step as it begins, and "" at the end."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,13 @@ def _random(
     return {part: tensor.clone() for part, tensor in cache[key].items()}
 
 
-def prepare(method: str, workload: Workload, directory: Path, rank: int, device: torch.device) -> Callable[[], Step]:
+def unmarked(phase: str) -> None:
+    """A mark that nobody looks at."""
+
+
+def prepare(
+    method: str, workload: Workload, directory: Path, rank: int, device: torch.device, mark: Mark = unmarked
+) -> Callable[[], Step]:
     """Load the base model of a method; what is returned attaches the adapter, and returns the step."""
     engine, _, use_dora = METHODS[method]
     torch.manual_seed(0)
@@ -164,7 +172,7 @@ def prepare(method: str, workload: Workload, directory: Path, rank: int, device:
             adapted = _with_qdora(model, rank, use_dora)
             hold_outputs(model, ("mlp.down_proj",) if engine == "qdora holding" else ())
             freeze_part(model, MAGNITUDE if engine == "qdora frozen" else "none")
-        return training_step(adapted, model, ids)
+        return training_step(adapted, model, ids, mark)
 
     return adapt
 
@@ -185,7 +193,7 @@ def _with_peft(model: Any, rank: int, use_dora: bool, target_modules: str = "all
     return adapted
 
 
-def training_step(adapted: nn.Module, model: Any, ids: Tensor) -> Step:
+def training_step(adapted: nn.Module, model: Any, ids: Tensor, mark: Mark = unmarked) -> Step:
     """Forward, chunked loss, backward under checkpointing, AdamW; what trains must be in `adapted`."""
     adapted.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -193,12 +201,17 @@ def training_step(adapted: nn.Module, model: Any, ids: Tensor) -> Step:
     head, backbone = model.get_output_embeddings(), model.base_model
 
     def step() -> float:
+        mark("forward")
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        mark("loss")
         loss = answer_loss(hidden, head.weight, ids) / ids.numel()
         del hidden
+        mark("backward")
         loss.backward()
+        mark("optimizer")
         optimizer.step()
         optimizer.zero_grad()
+        mark("")
         return loss.item()
 
     return step

@@ -47,6 +47,16 @@ def test_a_ratio_is_of_what_ran_in_one_round() -> None:
     assert ratio([1.0, 20.0, 3.0], [2.0, 40.0, 3.0]) == 0.5
 
 
+def test_bench_phases(tmp_path: Path) -> None:
+    methods = ["qdora QLoRA", "qdora QDoRA, held"]
+    flags = ["--workload", "tiny, 64 tokens", "--methods", *methods, "--rounds", "2", "--rank", "4"]
+    turns = run("bench_phases.py", tmp_path / "phases.json", *flags)["seconds"]
+    assert list(turns) == methods
+    for phases in turns.values():
+        assert list(phases) == ["forward", "loss", "backward", "optimizer"]
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in phases.values())
+
+
 def test_bench_linear(tmp_path: Path) -> None:
     flags = ["--in_features", "128", "--out_features", "192", "--tokens", "1", "5", "--rounds", "2"]
     table = run("bench_linear.py", tmp_path / "linear.json", *flags)["milliseconds_by_tokens"]
