@@ -210,8 +210,8 @@ def _column_dots(g_TO: Tensor, y_TO: Tensor, scale_O: Tensor) -> Tensor:
     if not len(g_TO):
         return torch.zeros_like(scale_O)  # torch would divide by the number of rows, and end the process
     mean_O = torch.zeros_like(scale_O)
-    # The weight is not looked at, but on CUDA there is no gradient for one that is not there.
+    # CUDA's kernel looks at no strides, and has no gradient for a weight that is not there, though it never reads it.
     _, dots_O, _ = torch.ops.aten.native_batch_norm_backward(
-        g_TO.contiguous(), y_TO, scale_O, None, None, mean_O, scale_O, True, 0.0, [False, True, False]
+        g_TO.contiguous(), y_TO.contiguous(), scale_O, None, None, mean_O, scale_O, True, 0.0, [False, True, False]
     )
     return dots_O

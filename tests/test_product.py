@@ -201,7 +201,7 @@ def test_the_magnitude_s_sums_are_fp32_whatever_is_summed(dtype: torch.dtype, to
     if how == "one value":
         g = torch.ones((), dtype=dtype).expand(tokens, 40)
     if how == "transposed":
-        g = torch.randn(40, tokens).to(dtype).t()
+        g, y = torch.randn(2, 40, tokens).to(dtype).mT
     truth = (g.double() * y.double()).sum(dim=0) * scale
     found = _column_dots(g, y, scale)
     assert found.dtype == torch.float32
