@@ -23,7 +23,7 @@ from bench_step import model_directory
 from record import synchronize, write_result
 
 PHASES = ("forward", "loss", "backward", "optimizer")
-COMPARED = [name for name, (engine, *_) in METHODS.items() if engine.startswith("qdora") and "dense" not in name]
+COMPARED = ["qdora QLoRA", "qdora QDoRA", "qdora QDoRA, held", "qdora QDoRA, m frozen"]
 
 
 class Clock:
@@ -43,34 +43,32 @@ class Clock:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=WORKLOADS, default="SmolLM2-135M, 512 tokens", metavar="NAME")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["qdora QLoRA", *COMPARED], metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=COMPARED, metavar="NAME")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="a .json file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    methods = list(dict.fromkeys(arguments.methods))
     with tempfile.TemporaryDirectory() as scratch:
-        turns = take_turns(methods, arguments, Path(scratch))
+        turns = take_turns(arguments, Path(scratch))
     report(turns)
     if arguments.out:
         figures = {"workload": arguments.workload, "rank": arguments.rank, "seconds": turns}
         write_result(arguments.out, figures, arguments.device)
 
 
-def take_turns(methods: list[str], arguments: argparse.Namespace, models: Path) -> dict[str, dict[str, list[float]]]:
+def take_turns(arguments: argparse.Namespace, models: Path) -> dict[str, dict[str, list[float]]]:
     """Method → phase → seconds, one for each round."""
     device, workload = torch.device(arguments.device), WORKLOADS[arguments.workload]
     clock = Clock(device)
     steps: dict[str, Step] = {}
-    for method in methods:
-        directory = model_directory(models, method, arguments.workload)
-        write_model(workload, METHODS[method][1], directory)
+    for method in arguments.methods:
+        directory = write_model(workload, METHODS[method][1], model_directory(models, method, arguments.workload))
         steps[method] = prepare(method, workload, directory, arguments.rank, device, clock)()
         steps[method]()
     gc.collect()
     gc.disable()
-    turns: dict[str, dict[str, list[float]]] = {method: {phase: [] for phase in PHASES} for method in methods}
+    turns: dict[str, dict[str, list[float]]] = {method: {phase: [] for phase in PHASES} for method in steps}
     for _ in range(arguments.rounds):
         for method, step in steps.items():
             step()

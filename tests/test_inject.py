@@ -162,10 +162,8 @@ class Packed(nn.Module):
 
 def test_packed_linears_are_frozen_in_place_and_a_head_is_plain() -> None:
     model = Packed()
-    address, biases = (
-        model.body.weight.data_ptr(),
-        [linear.bias.detach().clone() for linear in (model.body, model.head)],
-    )
+    address = model.body.weight.data_ptr()
+    biases = [linear.bias.detach().clone() for linear in (model.body, model.head)]
     base = NF4Weight.from_packed_linear(model.head)
     freeze_packed(model, torch.bfloat16)
     body: Any = model.body
