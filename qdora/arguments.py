@@ -120,7 +120,7 @@ def _check_together(run: RunArguments, training: Any) -> None:
     parse_size(run.loss_chunk_size)
     rates(run, training)
     for name, known in _CHOICES.items():
-        if (value := getattr(run, name)) not in known:
+        if (value := getattr(run, name)) is not None and value not in known:
             raise ConfigError(
                 f"--{name} must be one of {', '.join(known)}, found {value!r}{did_you_mean(value, known)}"
             )

@@ -199,7 +199,8 @@ def _kind_of_base(model: nn.Module) -> str:
     if not any(packed):
         return "dense"
     usual = all(packed) and all(base.nested_absmax is not None and base.blocksize == BLOCKSIZE for base in bases)
-    return "nf4" if usual and getattr(model.config, "dtype", None) == torch.bfloat16 else "nf4-custom"
+    # in fp16, a weight was rounded to that before it was quantized
+    return "nf4" if usual and getattr(model.config, "dtype", None) != torch.float16 else "nf4-custom"
 
 
 def _origin_of_base(model: nn.Module, layers: Mapping[str, DoRALinear]) -> dict[str, str]:

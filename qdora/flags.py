@@ -68,7 +68,13 @@ class RunArguments:
         default=None, metadata={"help": "stop after so many evaluations without a better one"}
     )
     early_stopping_threshold: float = field(default=0.0, metadata={"help": "by how much it must be better"})
-    dtype: str = field(default="bfloat16", metadata={"help": "of the arithmetic: bfloat16, float16 or float32"})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "of the arithmetic: bfloat16, float16 or float32; unless given, bfloat16, or float32 on a CPU that "
+            "is slow in bfloat16"
+        },
+    )
     load_in_4bit: bool = field(default=True, metadata={"help": "quantize a 16-bit model to NF4 as it loads"})
     use_dora: bool = field(default=True, metadata={"help": "train a magnitude for each output; false gives LoRA"})
     use_rslora: bool = field(default=False, metadata={"help": "scale by alpha/sqrt(rank) instead of alpha/rank"})

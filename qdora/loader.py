@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -83,6 +84,25 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
         if routers and not self.pre_quantized:
             self.quantization_config.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *routers]
         super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
+
+    def get_quantize_ops(self) -> Bnb4bitQuantize:
+        return _QuantizeFromBfloat16(self)
+
+
+class _QuantizeFromBfloat16(Bnb4bitQuantize):
+    """bitsandbytes' quantization, of what `_to_quantize` makes of a weight."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        found = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        converted: dict[str, Tensor] = super().convert(
+            {name: _to_quantize(value) for name, value in found.items()}, *args, **kwargs
+        )
+        return converted
+
+
+def _to_quantize(weight: Tensor) -> Tensor:
+    """A weight as `qdora quantize` rounds it, which takes bf16: arithmetic in fp32 must not mean other NF4 weights."""
+    return weight.bfloat16() if weight.dtype == torch.float32 else weight
 
 
 def nf4_config(
@@ -213,7 +233,10 @@ class _StoredExperts:
             weight = NF4Weight.from_tensors(parts)
         else:
             matrix = self._matrix(path, key, number, name).to(dtype)
-            weight = NF4Weight.from_tensors(quantize_nf4(matrix, device=device)) if quantize else DenseWeight(matrix)
+            if quantize:
+                weight = NF4Weight.from_tensors(quantize_nf4(_to_quantize(matrix), device=device))
+            else:
+                weight = DenseWeight(matrix)
         found, expected = (weight.out_features, weight.in_features), self._experts.shapes()[name]
         if found != expected:
             raise CheckpointError(f"the weight of {path} is {found}, and {expected} by config.json")

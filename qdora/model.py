@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qdora import checkpoint, stream
 from qdora.architecture import check_quantization, load_config, quantization_of
-from qdora.arithmetic import compute_dtype, pick_device
+from qdora.arithmetic import compute_dtype, pick_device, training_dtype
 from qdora.config import AdapterConfig
 from qdora.errors import CheckpointError, ConfigError, out_of_memory, reason
 from qdora.experts import expand_experts
@@ -36,7 +36,7 @@ def load_model(
     path: str | Path,
     adapter: AdapterConfig | str | Path | None = None,
     *,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     device: str | torch.device | None = None,
     load_in_4bit: bool = True,
     stream_base: bool = False,
@@ -50,7 +50,7 @@ def load_model(
     Args:
         path: an NF4 checkpoint, a 16-bit model directory or a Hub id.
         adapter: an `AdapterConfig` for fresh adapters, or an adapter directory (ours or PEFT's).
-        dtype: of the arithmetic, and of what is not quantized.
+        dtype: of the arithmetic, and of what is not quantized; bfloat16, or float32 on a CPU that is slow in that.
         device: defaults to the accelerator, if there is one.
         load_in_4bit: quantize a 16-bit model to NF4 as it loads; False leaves its base weights dense.
         stream_base: leave the decoder layers' base weights on the host; two layers at a time are on the device.
@@ -69,7 +69,8 @@ def load_model(
         CheckpointError: not a model, damaged, or the adapter is for another one.
         ConfigError: an argument is wrong.
     """
-    source, place, arithmetic = local_model(path), pick_device(device), compute_dtype(dtype)
+    source, place = local_model(path), pick_device(device)
+    arithmetic = compute_dtype(dtype or training_dtype(place))
     _check_alone(source)
     if sharding is not None:
         _check_sharded(adapter, stream_base or embedding_on_host)

@@ -178,7 +178,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", metavar="TYPE", help="of the arithmetic [bfloat16; float16 for a float16 model]")
+    parser.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="of the arithmetic [bfloat16; float16 for a float16 model; float32 on a CPU slow in those]",
+    )
     parser.add_argument("--device", help="[the accelerator, if there is one]")
     parser.add_argument(
         "--load_in_4bit", type=_truth, metavar="BOOL", help="quantize a 16-bit MODEL [if the adapter learned on NF4]"

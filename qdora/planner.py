@@ -35,7 +35,7 @@ def hollow_of(run: RunArguments, training: Any) -> Any:
     model = hollow_model(
         run.model_name_or_path,
         adapter_config(run),
-        dtype=run.dtype,
+        dtype=run.dtype or "bfloat16",
         load_in_4bit=run.load_in_4bit,
         trust_remote_code=training.trust_remote_code,
     )

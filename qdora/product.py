@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from qdora.base import BaseWeight
 from qdora.errors import ConfigError
 
-__all__ = ["RowScale", "adapted_product", "frozen_product"]
+__all__ = ["RowScale", "adapted_product", "column_dots", "frozen_product"]
 
 
 class RowScale(NamedTuple):
@@ -183,7 +183,7 @@ def _magnitude_gradient(ctx: Any, g_TO: Tensor) -> Tensor:
                 else "leave that linear out of the targets, or train LoRA"
             )
         )
-    return _column_dots(g_TO, y_TO, operands.row_scale.per_output).to(ctx.dtype)
+    return column_dots(g_TO, y_TO, operands.row_scale.per_output).to(ctx.dtype)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -200,7 +200,7 @@ class _FrozenProduct(torch.autograd.Function):
         return ctx.base.linear_transposed(g_TO), None
 
 
-def _column_dots(g_TO: Tensor, y_TO: Tensor, scale_O: Tensor) -> Tensor:
+def column_dots(g_TO: Tensor, y_TO: Tensor, scale_O: Tensor) -> Tensor:
     """scale ⊙ Σₜ g ⊙ y, (O,) fp32.
 
     This is the gradient that a batch norm has for its weight, for the mean 0 and the inverse deviation `scale`. torch

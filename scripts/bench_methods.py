@@ -3,7 +3,8 @@
 Every method but the last three gets the same model, loss (chunked, from the last hidden states), AdamW (fused, which is
 Hugging Face's default) and non-reentrant checkpointing of each decoder layer; adapters in bf16 on all linears, no
 dropout. PEFT gets its fastest settings: no fp32 upcast of the adapters (`autocast_adapter_dtype=False`) and no
-`prepare_model_for_kbit_training`, which upcasts everything that is in 16 bits.
+`prepare_model_for_kbit_training`, which upcasts everything that is in 16 bits. On a CPU that is slow in bf16 all
+methods compute in fp32, as `qdora train` does there, and PEFT's adapters are in fp32: it multiplies in their dtype.
 
 "held" keeps the outputs of `down_proj` from the forward on (`--hold_outputs`); "m frozen" trains A and B alone
 (`--freeze magnitude`), and tells what the gradient of the magnitude costs.
@@ -25,8 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
+from upcast import in_fp32
 
 import qdora
+from qdora.arithmetic import compute_dtype, training_dtype
 from qdora.groups import MAGNITUDE, freeze_part
 from qdora.inject import attach, hold_outputs
 from qdora.loader import nf4_config
@@ -34,6 +37,7 @@ from qdora.loss import answer_loss
 from qdora.nf4 import NF4Weight
 from qdora.nf4format import quantize_nf4
 from qdora.output import new_directory, write_json
+from qdora.product import column_dots
 from qdora.shards import ShardWriter
 
 METHODS = {
@@ -142,6 +146,16 @@ def _random(
     return {part: tensor.clone() for part, tensor in cache[key].items()}
 
 
+def arithmetic(device: torch.device) -> torch.dtype:
+    """In which every method computes."""
+    return compute_dtype(training_dtype(device))
+
+
+def some(*shape: int, device: torch.device) -> Tensor:
+    """Random values in that."""
+    return torch.randn(shape, device=device).to(arithmetic(device))
+
+
 def unmarked(phase: str) -> None:
     """A mark that nobody looks at."""
 
@@ -151,6 +165,7 @@ def prepare(
 ) -> Callable[[], Step]:
     """Load the base model of a method; what is returned attaches the adapter, and returns the step."""
     engine, _, use_dora = METHODS[method]
+    dtype = arithmetic(device)
     torch.manual_seed(0)
     ids = torch.randint(0, workload.vocabulary, (workload.batch, workload.length), device=device)
     if engine == "floor":
@@ -160,7 +175,8 @@ def prepare(
     if engine.startswith("qdora"):
         model = qdora.load_model(directory, device=device, load_in_4bit=False)
     else:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map={"": device})
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map={"": device})
+        model = in_fp32(model) if dtype == torch.float32 else model
     model.requires_grad_(False)
 
     def adapt() -> Step:
@@ -189,7 +205,7 @@ def _with_peft(model: Any, rank: int, use_dora: bool, target_modules: str = "all
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.bfloat16()
+            parameter.data = parameter.data.to(model.dtype)
     return adapted
 
 
@@ -218,10 +234,10 @@ def training_step(adapted: nn.Module, model: Any, ids: Tensor, mark: Mark = unma
 
 
 def _floor(workload: Workload, device: torch.device) -> Step:
-    """The GEMMs that a checkpointed adapter step cannot do without, on dense bf16, and nothing else."""
+    """The GEMMs that a checkpointed adapter step cannot do without, on dense weights, and nothing else."""
     products = list(_products(workload))
-    weights = {shape: torch.randn(shape, device=device).bfloat16() for _, shape in products}
-    inputs = {n: torch.randn(workload.tokens, n, device=device).bfloat16() for _, shape in products for n in shape}
+    weights = {shape: some(*shape, device=device) for _, shape in products}
+    inputs = {n: some(workload.tokens, n, device=device) for _, shape in products for n in shape}
 
     def step() -> float:
         for transposed, (rows, columns) in products:
@@ -238,11 +254,12 @@ class _Operands:
     def __init__(self, packed: dict[str, Tensor], rank: int, needs_dx: bool, device: torch.device) -> None:
         self.weight = NF4Weight.from_tensors({name: tensor.to(device, copy=True) for name, tensor in packed.items()})
         rows, columns = self.weight.out_features, self.weight.in_features
-        self.A, self.B = (torch.randn(shape, device=device).bfloat16() for shape in ((rank, columns), (rows, rank)))
+        self.dtype = arithmetic(device)
+        self.A, self.B = (some(*shape, device=device) for shape in ((rank, columns), (rows, rank)))
         self.c, self.needs_dx = torch.ones(rows, device=device), needs_dx
 
     def norm(self) -> None:
-        for _, tile in self.weight.tiles(torch.bfloat16):
+        for _, tile in self.weight.tiles(self.dtype):
             tile @ self.A.t()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,7 +271,7 @@ class _Operands:
 
     def backward(self, x: Tensor, h: Tensor, y: Tensor, g: Tensor) -> None:
         dh = g @ self.B
-        dh.t() @ x, g.t() @ h, (g * y).sum(dim=0)
+        dh.t() @ x, g.t() @ h, column_dots(g, y, self.c)
         if self.needs_dx:
             self.weight.linear_transposed(g, self.c).addmm_(dh, self.A)
 
@@ -262,26 +279,26 @@ class _Operands:
 def _operations(workload: Workload, rank: int, device: torch.device) -> Step:
     """What QDoRA with held outputs computes in the linears and the head, one operation after another."""
     sizes = {size for _, rows, columns in workload.linears() for size in (rows, columns)}
-    some = {size: torch.randn(workload.tokens, size, device=device).bfloat16() for size in sizes}
+    inputs = {size: some(workload.tokens, size, device=device) for size in sizes}
     packed = {(o, i): quantize_nf4(torch.randn(o, i).mul_(0.02).bfloat16()) for _, o, i in workload.linears()}
     layers = [
         [_Operands(packed[o, i], rank, _needs_dx(layer, name), device) for name, o, i in workload.linears()]
         for layer in range(workload.layers)
     ]
-    head = torch.randn(workload.vocabulary, workload.hidden, device=device).bfloat16()
-    logits = torch.randn(workload.tokens, workload.vocabulary, device=device).bfloat16()
+    head = some(workload.vocabulary, workload.hidden, device=device)
+    logits = some(workload.tokens, workload.vocabulary, device=device)
 
     def step() -> float:
         for layer in layers:
             for linear in layer:
                 linear.norm()
-                linear.forward(some[linear.weight.in_features])
-        some[workload.hidden] @ head.t(), logits @ head
+                linear.forward(inputs[linear.weight.in_features])
+        inputs[workload.hidden] @ head.t(), logits @ head
         for layer in reversed(layers):
-            kept = [linear.forward(some[linear.weight.in_features]) for linear in layer[:-1]]
-            kept.append((some[workload.hidden], layer[-1].low_rank(some[workload.intermediate])))
+            kept = [linear.forward(inputs[linear.weight.in_features]) for linear in layer[:-1]]
+            kept.append((inputs[workload.hidden], layer[-1].low_rank(inputs[workload.intermediate])))
             for linear, (y, h) in zip(reversed(layer), reversed(kept), strict=True):
-                linear.backward(some[linear.weight.in_features], h, y, some[linear.weight.out_features])
+                linear.backward(inputs[linear.weight.in_features], h, y, inputs[linear.weight.out_features])
         return 0.0
 
     return step

@@ -21,6 +21,7 @@ from measure_learning import lay_out, read
 from peft import PeftModel
 from record import write_result
 from transformers import AutoModelForCausalLM
+from upcast import in_fp32
 
 import qdora
 from qdora.data import EncodedData, encode
@@ -52,17 +53,6 @@ def main() -> None:
         theirs = PeftModel.from_pretrained(base, start, is_trainable=True)
         curves["peft"] = curve(theirs, base, data, arguments)
     report(curves, arguments)
-
-
-def in_fp32(model: Any) -> Any:
-    """In place: transformers keeps what is not 4-bit in 16 bits, and bitsandbytes rounds to its compute dtype."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    for module in model.modules():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
-    return model
 
 
 def curve(adapted: Any, model: Any, data: EncodedData, arguments: argparse.Namespace) -> list[float]:

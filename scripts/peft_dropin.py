@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_with_peft import in_fp32
 from datasets import Dataset
 from demo_data import make_rows
 from peft import LoraConfig
 from record import most_allocated, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
+from upcast import in_fp32
 
 import qdora
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdora import ConfigError
-from qdora.arithmetic import compute_dtype, pick_device, usual_dtype
+from qdora import ConfigError, arithmetic
+from qdora.arithmetic import compute_dtype, multiplies_bfloat16, pick_device, training_dtype, usual_dtype
 
 
 def test_dtypes_and_devices() -> None:
@@ -28,12 +28,30 @@ def test_dtypes_and_devices() -> None:
         ("float16", False, "cpu", "float32"),
         ("float16", True, "cuda", "bfloat16"),
         ("bfloat16", False, "cpu", "bfloat16"),
+        ("bfloat16", False, "slow cpu", "float32"),
+        ("float16", True, "slow cpu", "float32"),
         ("float32", False, "cuda", "bfloat16"),
     ],
 )
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_the_dtype_that_loses_nothing(
-    key: str, stored: str, with_adapter: bool, device: str, expected: str, tmp_path: Path
+    key: str,
+    stored: str,
+    with_adapter: bool,
+    device: str,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda _: not device.startswith("slow"))
     (tmp_path / "config.json").write_text(json.dumps({key: stored}))
-    assert usual_dtype(tmp_path, with_adapter, torch.device(device)) == expected
+    assert usual_dtype(tmp_path, with_adapter, torch.device(device.removeprefix("slow "))) == expected
+
+
+def test_who_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert multiplies_bfloat16(cpu) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert training_dtype(torch.device("cuda")) == "bfloat16"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not multiplies_bfloat16(cpu)
+    assert training_dtype(cpu) == "float32"

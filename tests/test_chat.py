@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import qdora
+from qdora.arithmetic import training_dtype
 from qdora.conversation import Conversation, Sampling, _Stream
 from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError
 from qdora.inject import adapters_disabled
@@ -27,6 +28,7 @@ from qdora.verbs.chat import HELP, Terminal, _remembered_interrupt, chat, conver
 from tests.conftest import make_model, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
+USUAL = training_dtype(torch.device("cpu"))
 QUESTIONS = ("How many apples?", "Count from 0 to 9.", "Monday or Tuesday?")
 
 
@@ -411,7 +413,7 @@ def test_prompts_are_one_conversation_and_no_commands(tiny_nf4: Path, tiny_adapt
     first = expected(model, tokenizer, [user("Hi")], 8)
     second = expected(model, tokenizer, [user("Hi"), assistant(first), user("/new")], 8)
     assert script.answers == f"{first}\n{second}\n"
-    assert f"{tiny_nf4} with {tiny_adapter}: NF4 weights, bfloat16 on cpu" in script.notes[0]
+    assert f"{tiny_nf4} with {tiny_adapter}: NF4 weights, {USUAL} on cpu" in script.notes[0]
 
 
 def test_compare_answers_without_and_with(tiny_nf4: Path, tiny_adapter: Path) -> None:
@@ -426,7 +428,7 @@ def test_compare_answers_without_and_with(tiny_nf4: Path, tiny_adapter: Path) ->
 def test_a_16_bit_model_is_rounded_only_for_an_adapter_that_was_trained_so(
     tiny: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    assert "16-bit weights, bfloat16" in say(tiny, "Hi").notes[0]
+    assert f"16-bit weights, {USUAL}" in say(tiny, "Hi").notes[0]
     rounded = say(tiny, "Hi", adapter=tiny_adapter)
     assert "rounded to NF4" in rounded.notes[0]
     assert rounded.answers == say(tiny_nf4, "Hi", adapter=tiny_adapter).answers

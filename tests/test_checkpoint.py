@@ -524,7 +524,8 @@ def test_a_model_with_another_method_is_refused(tiny_nf4: Path, tiny_adapter: Pa
         qdora.load_adapter(model, tiny_adapter)
 
 
-def test_a_base_in_another_dtype_is_a_kind_of_its_own(tiny: Path, tmp_path: Path) -> None:
-    model = qdora.load_model(tiny, adapter=AdapterConfig(rank=2), load_in_4bit=True, dtype="float32")
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "nf4"), ("float16", "nf4-custom")])
+def test_only_arithmetic_in_fp16_rounds_to_other_nf4_weights(dtype: str, kind: str, tiny: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny, adapter=AdapterConfig(rank=2), load_in_4bit=True, dtype=dtype)
     qdora.save_adapter(model, tmp_path)
-    assert read_adapter(tmp_path).base_kind == "nf4-custom"
+    assert read_adapter(tmp_path).base_kind == kind

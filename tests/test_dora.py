@@ -21,7 +21,7 @@ from qdora.dora import DoRALinear, FrozenLinear
 from qdora.nf4 import NF4Weight
 from qdora.nf4format import quantize_nf4
 from qdora.optimizer import CompensatedAdamW
-from qdora.product import _column_dots
+from qdora.product import column_dots
 from qdora.workspace import Workspace, assume
 from tests.reference import dora as reference
 
@@ -513,7 +513,7 @@ def test_everything_is_made_on_the_base_s_device() -> None:
         base = NF4Weight.hollow(96, 128)
         a, b, scale = torch.empty(5, 96), torch.empty(5, 96), torch.empty(96)
     layer = DoRALinear(base, 8, 2.0, bias=torch.empty(96, device="meta"))
-    made = (*layer.parameters(), *layer.buffers(), layer.merged_weight(), _column_dots(a, b, scale))
+    made = (*layer.parameters(), *layer.buffers(), layer.merged_weight(), column_dots(a, b, scale))
     assert {tensor.device.type for tensor in made} == {"meta"}
 
 

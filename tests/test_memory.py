@@ -45,7 +45,7 @@ def memory(path: Path) -> MemoryModel:
 def test_what_lasts_is_what_the_loaded_model_holds(in_4bit: bool, use_dora: bool, path: Path) -> None:
     adapter = qdora.AdapterConfig(rank=4, alpha=8, use_dora=use_dora)
     parts = reckoned(path, adapter, in_4bit).need(PLAN).parts
-    model = qdora.load_model(path, adapter=adapter, device="cpu", load_in_4bit=in_4bit)
+    model = qdora.load_model(path, adapter=adapter, dtype="bfloat16", device="cpu", load_in_4bit=in_4bit)
     layers = adapted_linears(model).values()
     bases = [tensor for layer in layers for tensor in [*layer.base.parameters(), *layer.base.buffers()]]
     ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config
 
 import qdora
-from qdora import AdapterConfig, CheckpointError
+from qdora import AdapterConfig, CheckpointError, arithmetic
 from qdora.architecture import is_nf4_checkpoint
 from qdora.dense import DenseWeight
 from qdora.inject import adapted_linears
@@ -40,9 +40,31 @@ def test_what_trains_and_what_does_not(tiny_nf4: Path) -> None:
 def test_a_16_bit_model_is_quantized_as_it_loads_or_left(tiny: Path, tiny_nf4: Path) -> None:
     quantized, packed = qdora.load_model(tiny), qdora.load_model(tiny_nf4)
     assert torch.equal(quantized(IDS).logits, packed(IDS).logits)
-    dense = qdora.load_model(tiny, adapter=AdapterConfig(rank=4), load_in_4bit=False)
+    dense = qdora.load_model(tiny, adapter=AdapterConfig(rank=4), dtype="bfloat16", load_in_4bit=False)
     assert all(isinstance(layer.base, DenseWeight) for layer in adapted_linears(dense).values())
     assert torch.equal(dense(IDS).logits, AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)(IDS).logits)
+
+
+def test_arithmetic_in_fp32_means_the_same_nf4_weights(tmp_path: Path) -> None:
+    """Of a model whose weights bf16 does not hold, too; what is not quantized keeps their digits."""
+    make_model(tmp_path / "m")
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.mul_(1 + 2**-12)
+    exact.save_pretrained(tmp_path / "m")
+    qdora.quantize(tmp_path / "m", tmp_path / "nf4")
+    on_the_fly, packed = (qdora.load_model(tmp_path / name, AdapterConfig(), dtype="float32") for name in ("m", "nf4"))
+    for path, layer in adapted_linears(packed).items():
+        assert torch.equal(adapted_linears(on_the_fly)[path].base.dequantize(), layer.base.dequantize()), path
+    assert torch.equal(on_the_fly.get_input_embeddings().weight, exact.get_input_embeddings().weight)
+
+
+def test_a_cpu_that_is_slow_in_bfloat16_computes_in_fp32(tiny_nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda _, fast=fast: fast)
+        assert qdora.load_model(tiny_nf4, device="cpu").dtype == dtype
+        assert qdora.load_model(tiny_nf4, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape"])
@@ -138,7 +160,7 @@ def test_loading_takes_the_checkpoint_s_size_and_no_more(tmp_path: Path, tiny_nf
 
 
 def test_what_is_not_quantized_stays_in_16_bits(tiny_nf4: Path) -> None:
-    model = qdora.load_model(tiny_nf4, device="cpu", adapter=qdora.AdapterConfig(rank=2))
+    model = qdora.load_model(tiny_nf4, dtype="bfloat16", device="cpu", adapter=qdora.AdapterConfig(rank=2))
     for name, parameter in model.named_parameters():
         assert parameter.dtype in (torch.bfloat16, torch.uint8), name
 

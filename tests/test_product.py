@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qdora import ConfigError
 from qdora.dora import DoRALinear
-from qdora.product import _column_dots
+from qdora.product import column_dots
 from tests.memory import allocated_by
 from tests.test_dora import make_layer
 
@@ -203,16 +203,16 @@ def test_the_magnitude_s_sums_are_fp32_whatever_is_summed(dtype: torch.dtype, to
     if how == "transposed":
         g, y = torch.randn(2, 40, tokens).to(dtype).mT
     truth = (g.double() * y.double()).sum(dim=0) * scale
-    found = _column_dots(g, y, scale)
+    found = column_dots(g, y, scale)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
 
 
 def test_products_beyond_fp16_are_summed() -> None:
     rows = torch.full((3, 2), 300.0, dtype=torch.float16)
-    assert _column_dots(rows, rows, torch.ones(2)).tolist() == [270000.0] * 2
+    assert column_dots(rows, rows, torch.ones(2)).tolist() == [270000.0] * 2
 
 
 def test_the_magnitude_s_sums_hold_no_products() -> None:
     a, b = torch.randn(2, 1536, 64)
-    assert allocated_by(lambda: _column_dots(a, b, torch.ones(64))) <= 8 * 4 * 64
+    assert allocated_by(lambda: column_dots(a, b, torch.ones(64))) <= 8 * 4 * 64

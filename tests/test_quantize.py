@@ -21,7 +21,7 @@ IDS = torch.arange(3, 23)[None]
 
 def test_plain_transformers_computes_the_same(tiny_nf4: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tiny_nf4, dtype=torch.bfloat16).train()
-    ours = qdora.load_model(tiny_nf4)
+    ours = qdora.load_model(tiny_nf4, dtype="bfloat16")
     assert torch.equal(plain(IDS).logits, ours(IDS).logits)
 
 
@@ -67,7 +67,7 @@ def test_an_untied_head_stays(tmp_path: Path) -> None:
     qdora.quantize(make_model(tmp_path / "m", tie=False), tmp_path / "out")
     assert ShardReader(tmp_path / "out").get("lm_head.weight").dtype == torch.bfloat16
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).train()
-    assert torch.equal(plain(IDS).logits, qdora.load_model(tmp_path / "out")(IDS).logits)
+    assert torch.equal(plain(IDS).logits, qdora.load_model(tmp_path / "out", dtype="bfloat16")(IDS).logits)
 
 
 def test_quantizing_as_it_loads_is_quantizing_first(tiny: Path, tiny_nf4: Path) -> None:
@@ -88,7 +88,7 @@ def test_gpt2_with_its_transposed_weights(tmp_path: Path) -> None:
     report = qdora.quantize(source, tmp_path / "out")
     assert len(report.errors) == 8
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).train()
-    ours = qdora.load_model(tmp_path / "out").train()
+    ours = qdora.load_model(tmp_path / "out", dtype="bfloat16").train()
     assert set(linear_paths(ours)) == set(report.errors)
     for model in (plain, ours):
         for module in model.modules():

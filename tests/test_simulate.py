@@ -110,10 +110,11 @@ def test_heads_that_do_more_than_multiply(config: Any, plain: bool, tmp_path: Pa
     assert lean.start == own.start
 
 
-def reckoned_and_real(path: Path, adapter: qdora.AdapterConfig) -> tuple[int, int]:
+def reckoned_and_real(path: Path, adapter: qdora.AdapterConfig, dtype: str = "bfloat16") -> tuple[int, int]:
     """What a step of three layers takes by the trace, and what the real model's forward, loss and backward take."""
-    trace = simulate_step(hollow_model(path, adapter), Batch(1, 400, False), CPU)
-    model: Any = qdora.load_model(path, adapter=adapter, device="cpu").train()
+    hollow = hollow_model(path, adapter, dtype=dtype)
+    trace = simulate_step(hollow, Batch(1, 400, False), CPU)
+    model: Any = qdora.load_model(path, adapter=adapter, dtype=dtype, device="cpu").train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.arange(400)[None]
     head = model.get_output_embeddings()
@@ -128,13 +129,14 @@ def reckoned_and_real(path: Path, adapter: qdora.AdapterConfig) -> tuple[int, in
     model.zero_grad(set_to_none=True)
     real = allocated_by(step)
     reckoned = max(segment.peak for segment in (*trace.forward, *trace.backward))
-    loss = trace.loss.start + simulate_loss(hollow_model(path, adapter).get_output_embeddings(), 399, 64 * 2**20)
+    loss = trace.loss.start + simulate_loss(hollow.get_output_embeddings(), 399, 64 * 2**20)
     return max(reckoned, loss), real
 
 
-def test_it_is_the_step_that_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_it_is_the_step_that_runs(dtype: str, tmp_path: Path) -> None:
     path = make_model(tmp_path / "model", num_hidden_layers=3, hidden_size=128, intermediate_size=512)
-    reckoned, real = reckoned_and_real(path, ADAPTER)
+    reckoned, real = reckoned_and_real(path, ADAPTER, dtype)
     assert reckoned == pytest.approx(real, rel=0.05)
 
 

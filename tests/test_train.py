@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import qdora
-from qdora import CheckpointError, ConfigError, DataError, NumericsError
+from qdora import CheckpointError, ConfigError, DataError, NumericsError, arithmetic
 from qdora.inject import adapted_linears
 from qdora.verbs.train import train_from_arguments
 from tests.conftest import make_model
@@ -35,6 +35,45 @@ def quick(model: Path, data: Path, out: Path, **flags: Any) -> qdora.TrainReport
     report = qdora.train(**settings)
     assert report is not None
     return report
+
+
+@pytest.mark.parametrize(
+    ("flags", "computes_in", "says"),
+    [
+        ({}, torch.float32, "this CPU is slow in bfloat16: computing in float32"),
+        (
+            {"dtype": "bfloat16"},
+            torch.bfloat16,
+            "this CPU is slow in bfloat16: --dtype float32 takes about a twentieth",
+        ),
+        ({"dtype": "float32"}, torch.float32, None),
+    ],
+)
+def test_on_a_cpu_that_is_slow_in_bfloat16(
+    flags: dict[str, Any],
+    computes_in: torch.dtype,
+    says: str | None,
+    tiny_nf4: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda _: False)
+    dtypes = []
+    embed = torch.nn.Embedding.forward
+
+    def watched(self: Any, ids: torch.Tensor) -> torch.Tensor:
+        dtypes.append(self.weight.dtype)
+        return embed(self, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", watched)
+    quick(tiny_nf4, pairs_file, tmp_path / "a", max_steps=1, **flags)
+    assert set(dtypes) == {computes_in}
+    said = capsys.readouterr().out
+    assert says in said if says else "slow" not in said
+    trained = adapter_tensors(tmp_path / "a")
+    assert {tensor.dtype for name, tensor in trained.items() if "lora_A" in name} == {torch.bfloat16}
 
 
 def adapter_tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -16,11 +16,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import enable_full_determinism, set_seed
 from transformers.utils import logging
 
 from qdora.arguments import adapter_config, flags_of, parse_train
+from qdora.arithmetic import training_dtype
 from qdora.assembly import build_trainer
 from qdora.config import AdapterConfig
 from qdora.corpus import Corpus, load_corpus, use_chat_template
@@ -123,6 +125,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
         check_sharded(run, training)
     check_original(run, training.trust_remote_code)
     _use_one_device(training)
+    _settle_dtype(run, training.device)
     need, holding = _plan(run, training) if run.memory is not None or run.dry_run else (None, None)
     if run.dry_run:
         return None
@@ -159,6 +162,16 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     if destination is not None:
         say(f"uploaded to {destination.publish(output_dir)}")
     return report
+
+
+def _settle_dtype(run: RunArguments, device: torch.device) -> None:
+    """Compute in what is fast here, unless told otherwise; say so if it is not bfloat16, or slow."""
+    usual = training_dtype(device)
+    if usual == "float32" and run.dtype is None:
+        say("this CPU is slow in bfloat16: computing in float32")
+    elif usual == "float32" and run.dtype != usual:
+        say(f"this CPU is slow in {run.dtype}: --dtype float32 takes about a twentieth of the time")
+    run.dtype = run.dtype or usual
 
 
 def _hush() -> None:
