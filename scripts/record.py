@@ -40,7 +40,7 @@ def device_name(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return f"{cpu}, CPU"
+    return f"{cpu}, CPU with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def synchronize(device: torch.device) -> None:
