@@ -29,8 +29,8 @@ def compute_dtype(name: str, sixteen_bit: bool = False) -> torch.dtype:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether a product in bf16 is fast there: on accelerators, and on CPUs of which oneDNN knows how.
 
-    On others, which have AVX2 at most, torch takes one number at a time for what a backward multiplies: g·W of
-    1,024 × 1,024 × 4,096 takes 18.8 s, and 0.07 s in fp32.
+    On others torch may take one number at a time for what a backward multiplies: with AVX2, g·W of 1,024 × 1,024 ×
+    4,096 takes 18.8 s, and 0.07 s in fp32.
     """
     return device.type != "cpu" or (
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from qdora.architecture import hollow_model
 from qdora.arguments import adapter_config
+from qdora.arithmetic import training_dtype
 from qdora.errors import ConfigError
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.groups import freeze_part
@@ -56,8 +59,9 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
     """
     if training.max_length is None:
         raise ConfigError("--max_length is off: how long the rows may get must be known to reckon with them")
+    settled = replace(run, dtype=run.dtype or training_dtype(torch.device("cuda" if on_accelerator else "cpu")))
     return MemoryModel(
-        lambda: hollow_of(run, training),
+        lambda: hollow_of(settled, training),
         Run(
             length=training.max_length,
             workspace=ACCELERATOR if on_accelerator else CPU,

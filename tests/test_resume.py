@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launch import Launcher
 from stress_kill import Case, differences, digests, measure
 from transformers import TrainerCallback
 
 import qdora.verbs.train
-from qdora import CheckpointError, ConfigError
+from qdora import CheckpointError, ConfigError, arithmetic
 from tests.test_train import quick
 
 FLAGS: dict[str, Any] = {"max_steps": 7, "save_steps": 2, "lora_dropout": 0.1, "lr_scheduler_type": "linear"}
@@ -65,6 +66,15 @@ def test_a_damaged_checkpoint_is_passed_over(
     said = capsys.readouterr().out
     assert [f"checkpoint-{step} is not whole" in said for step in (7, 6, 4, 2)] == [True, True, True, False]
     assert "going on from checkpoint-2" in said
+
+
+def test_a_run_does_not_change_its_arithmetic(
+    out: Path, tiny_nf4: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = arithmetic.multiplies_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda _: not here)
+    with pytest.raises(ConfigError, match=r"with other settings \(dtype \"?b?float(16|32)"):
+        quick(tiny_nf4, pairs_file, out, **FLAGS)
 
 
 def test_what_is_not_this_run_is_refused(whole: Path, out: Path, tiny_nf4: Path, pairs_file: Path) -> None:

@@ -44,8 +44,9 @@ def quick(model: Path, data: Path, out: Path, **flags: Any) -> qdora.TrainReport
         (
             {"dtype": "bfloat16"},
             torch.bfloat16,
-            "this CPU is slow in bfloat16: --dtype float32 takes about a twentieth",
+            "this CPU is slow in bfloat16: --dtype float32, without",
         ),
+        ({"bf16": True}, torch.float32, "this CPU is slow in bfloat16: --dtype float32, without"),
         ({"dtype": "float32"}, torch.float32, None),
     ],
 )

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qdora.arguments import flags_of, parse_estimate
-from qdora.arithmetic import training_dtype
 from qdora.errors import ConfigError
 from qdora.plan import Need, Plan
 from qdora.planner import asked_plan, choose, memory_model, usable_bytes
@@ -67,7 +64,6 @@ def estimate_from_arguments(arguments: Sequence[str]) -> Estimate:
     if run.dry_run:
         raise ConfigError("--dry_run is for `qdora train`; an estimate never starts a run")
     on_accelerator = not training.use_cpu
-    run.dtype = run.dtype or training_dtype(torch.device("cuda" if on_accelerator else "cpu"))
     reckoned, plan = memory_model(run, training, on_accelerator), asked_plan(run, training)
     usable = None if run.memory is None else usable_bytes(run.memory, on_accelerator)
     if usable is None:

@@ -198,7 +198,7 @@ def _batch_comment(path: Path, settings: dict[str, Any], memory: str | None, fit
     step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     lines = [f"Rows at once, and how often before a step: {step} rows a step."]
     if fitted is None:
-        return [*lines, "What that needs of memory: `qdora estimate {path}`; `memory: 8GB` makes it fit."]
+        return [*lines, f"What that needs of memory: `qdora estimate {path}`; `memory: 8GB` makes it fit."]
     lines.append(f"The fastest plan that fits in {memory}; its peak:")
     return lines + [f"  {line.rstrip()}" for line in str(fitted).splitlines()]
 

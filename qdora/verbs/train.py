@@ -16,7 +16,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import enable_full_determinism, set_seed
 from transformers.utils import logging
@@ -118,6 +117,7 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
 
 def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -> TrainReport | None:
     sharding = take_sharding(training)
+    _settle_dtype(run, training)  # the record below holds it: a run that goes on elsewhere must not compute in another
     check_trackers(training.report_to)
     beginning = start(run, training, output_dir)
     adapter = adapter_config(run)
@@ -125,7 +125,6 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
         check_sharded(run, training)
     check_original(run, training.trust_remote_code)
     _use_one_device(training)
-    _settle_dtype(run, training.device)
     need, holding = _plan(run, training) if run.memory is not None or run.dry_run else (None, None)
     if run.dry_run:
         return None
@@ -164,13 +163,14 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     return report
 
 
-def _settle_dtype(run: RunArguments, device: torch.device) -> None:
-    """Compute in what is fast here, unless told otherwise; say so if it is not bfloat16, or slow."""
-    usual = training_dtype(device)
-    if usual == "float32" and run.dtype is None:
+def _settle_dtype(run: RunArguments, training: Any) -> None:
+    """Compute in what is fast here, unless told otherwise; say so if that is not bfloat16, or what is asked is slow."""
+    usual = training_dtype(training.device)
+    asked = "bfloat16" if training.bf16 else "float16" if training.fp16 else run.dtype
+    if usual == "float32" and asked is None:
         say("this CPU is slow in bfloat16: computing in float32")
-    elif usual == "float32" and run.dtype != usual:
-        say(f"this CPU is slow in {run.dtype}: --dtype float32 takes about a twentieth of the time")
+    elif usual == "float32" and asked != usual:
+        say(f"this CPU is slow in {asked}: --dtype float32, without --bf16 and --fp16, takes a fraction of the time")
     run.dtype = run.dtype or usual
 
 
