@@ -93,10 +93,10 @@ class _QuantizeFromBfloat16(Bnb4bitQuantize):
     """bitsandbytes' quantization, of what `_to_quantize` makes of a weight."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        found = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        converted: dict[str, Tensor] = super().convert(
-            {name: _to_quantize(value) for name, value in found.items()}, *args, **kwargs
-        )
+        weights = {
+            name: _to_quantize(value[0] if isinstance(value, list) else value) for name, value in input_dict.items()
+        }
+        converted: dict[str, Tensor] = super().convert(weights, *args, **kwargs)
         return converted
 
 

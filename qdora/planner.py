@@ -35,10 +35,11 @@ _FRAGMENTED_SHARE = 0.03
 
 def hollow_of(run: RunArguments, training: Any) -> Any:
     """The model that these flags train, on the meta device, with its adapters. Raises as `memory_model`."""
+    assert run.dtype is not None, "settled by whoever knows the device"
     model = hollow_model(
         run.model_name_or_path,
         adapter_config(run),
-        dtype=run.dtype or "bfloat16",
+        dtype=run.dtype,
         load_in_4bit=run.load_in_4bit,
         trust_remote_code=training.trust_remote_code,
     )
