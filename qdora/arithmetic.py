@@ -45,7 +45,7 @@ def training_dtype(device: torch.device) -> str:
 def usual_dtype(directory: Path, with_adapter: bool, device: torch.device) -> str:
     """The one in which adapters are trained; but weights in float16 would lose three bits in bfloat16.
 
-    CPUs multiply in float16 ten times as slowly (512 × 576 × 1,536: 23 ms, and 6 in float32), so there it is float32.
+    CPUs multiply in float16 more slowly (512 × 576 × 1,536: 23 ms, and 6 in float32), so there it is float32.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if with_adapter or "float16" not in (config.get("dtype"), config.get("torch_dtype")):

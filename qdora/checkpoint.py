@@ -198,9 +198,14 @@ def _kind_of_base(model: nn.Module) -> str:
     packed = [isinstance(base, NF4Weight) for base in bases]
     if not any(packed):
         return "dense"
-    usual = all(packed) and all(base.nested_absmax is not None and base.blocksize == BLOCKSIZE for base in bases)
-    # in fp16, a weight was rounded to that before it was quantized
-    return "nf4" if usual and getattr(model.config, "dtype", None) != torch.float16 else "nf4-custom"
+    return "nf4" if all(packed) and all(map(_is_usual, bases)) else "nf4-custom"
+
+
+def _is_usual(weight: NF4Weight) -> bool:
+    """Whether `quantize` makes the same NF4 weight of the same 16-bit model, unless told otherwise."""
+    return (
+        weight.nested_absmax is not None and weight.blocksize == BLOCKSIZE and weight.quantized_from == torch.bfloat16
+    )
 
 
 def _origin_of_base(model: nn.Module, layers: Mapping[str, DoRALinear]) -> dict[str, str]:

@@ -58,6 +58,8 @@ class NF4Weight(KeepsDtype):
     its model between devices; a change of the model's dtype leaves it as it is.
     """
 
+    quantized_from: torch.dtype
+    """What the weights had been rounded to when they were quantized: fp16 gives other NF4 weights than bf16."""
     packed: Tensor
     absmax: Tensor
     nested_absmax: Tensor | None
@@ -76,7 +78,7 @@ class NF4Weight(KeepsDtype):
         super().__init__()
         check_state(state)
         self.out_features, self.in_features = map(int, state.shape)
-        self.blocksize = int(state.blocksize)
+        self.blocksize, self.quantized_from = int(state.blocksize), state.dtype
         size = self.out_features * self.in_features
         blocks = math.ceil(size / self.blocksize)
         if packed.numel() * packed.element_size() != math.ceil(size / 2) or state.absmax.numel() != blocks:

@@ -302,12 +302,16 @@ def test_what_changes_the_forward_in_other_ways_is_refused(
 
 def test_the_kind_of_base_is_recorded(tiny: Path, tiny_nf4: Path, tmp_path: Path) -> None:
     qdora.quantize(tiny, tmp_path / "single", double_quant=False)
+    qdora.quantize(tiny, tmp_path / "fp16", dtype="float16")
     for base, settings, kind in [
         (tiny_nf4, {}, "nf4"),
         (tiny_nf4, {"stream_base": True}, "nf4"),
         (tiny, {"load_in_4bit": True}, "nf4"),
         (tiny, {"load_in_4bit": False}, "dense"),
         (tmp_path / "single", {}, "nf4-custom"),
+        (tmp_path / "fp16", {}, "nf4-custom"),
+        (tmp_path / "fp16", {"dtype": "bfloat16"}, "nf4-custom"),
+        (tiny_nf4, {"dtype": "float16"}, "nf4"),
     ]:
         model = qdora.load_model(base, adapter=AdapterConfig(rank=2), **settings)
         qdora.save_adapter(model, tmp_path / "a")
