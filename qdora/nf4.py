@@ -162,12 +162,12 @@ class NF4Weight(KeepsDtype):
         for rows in self._tile_rows(dtype):
             start = rows.start * in_features // blocksize
             stop = math.ceil(rows.stop * in_features / blocksize)
-            tile = self._unpack(packed[start * blocksize // 2 : stop * blocksize // 2], absmax[start:stop], dtype)
+            part = packed[start * blocksize // 2 : stop * blocksize // 2], absmax[start:stop]
+            # No name here: it would keep a tile while the next is made.
             if rows_are_blocks:
-                yield rows, tile.view(-1, in_features)
-                continue
-            tile = tile.view(-1)[: (rows.stop - rows.start) * in_features].view(-1, in_features)
-            yield rows, tile if row_scale_O is None else (tile * row_scale_O[rows, None]).to(dtype)
+                yield rows, self._unpack(*part, dtype).view(-1, in_features)
+            else:
+                yield rows, self._unpack_rows(rows, *part, dtype, row_scale_O)
 
     def column_tiles(self, dtype: torch.dtype, row_scale_O: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """As `tiles`, by columns: (columns, an (out_features, columns) tensor). Only where rows are whole blocks."""
@@ -188,6 +188,14 @@ class NF4Weight(KeepsDtype):
         step = max(1, workspace_of(self.device).tile_bytes // (dtype.itemsize * self.in_features * unit)) * unit
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
+
+    def _unpack_rows(
+        self, rows: slice, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale_O: Tensor | None
+    ) -> Tensor:
+        """Some rows out of blocks that straddle them, of which the last may be cut."""
+        flat = self._unpack(packed, absmax, dtype).view(-1)[: (rows.stop - rows.start) * self.in_features]
+        tile = flat.view(-1, self.in_features)
+        return tile if row_scale_O is None else (tile * row_scale_O[rows, None]).to(dtype)
 
     def _unpack(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         """Some blocks, (blocks, blocksize)."""
@@ -215,6 +223,7 @@ class NF4Weight(KeepsDtype):
         y_TO = x_TI.new_empty(x_TI.shape[0], self.out_features)
         for rows, tile in self.tiles(x_TI.dtype, row_scale_O):
             torch.mm(x_TI, tile.t(), out=y_TO[:, rows])
+            del tile  # before the next is made: else there are two of them
         return y_TO
 
     def linear_transposed(self, g_TO: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
@@ -225,9 +234,11 @@ class NF4Weight(KeepsDtype):
         if self.in_features % self.blocksize == 0:
             for columns, tile in self.column_tiles(g_TO.dtype, row_scale_O):
                 torch.mm(g_TO, tile, out=dx_TI[:, columns])
+                del tile
         else:
             for rows, tile in self.tiles(g_TO.dtype, row_scale_O):
                 dx_TI.addmm_(g_TO[:, rows], tile, beta=int(rows.start > 0))  # beta 0 ignores what was there
+                del tile
         return dx_TI
 
     def row_norms_squared(self) -> Tensor:

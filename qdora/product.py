@@ -2,9 +2,9 @@
 
 Two autograd nodes rather than one, cut where memory and time are:
 
-    _LowRank     h = z·Aᵀ                         keeps z and h, for dA and dB
-    _Product     y = x·Ŵᵀ + h·(s·c⊙B)ᵀ            keeps y, for dm = Σₜ g⊙y / (c·‖V‖); Ŵ = c ⊙ W comes out of the base
-                                                  weight tile by tile
+    _Inputs      h = z·Aᵀ                         keeps z and h, for dA and dB; then makes dx = g·Ŵ + dh·A
+    _Product     y = x·Ŵᵀ + h·(s·c⊙B)ᵀ            keeps y, for dm = Σₜ g⊙y / (c·‖V‖); makes dh. Ŵ = c ⊙ W comes out of
+                                                  the base weight tile by tile
 
 Gradient checkpointing forgets what a decoder layer keeps, and runs the layer again in the backward, until the last
 tensor that was kept has been made again (`early_stop` of `torch.utils.checkpoint`). What nothing waits for is then
@@ -13,13 +13,15 @@ With LoRA that is one of the seven products of a Llama layer's recompute, and a 
 gradient of the magnitude needs that product, y, unless it was held since the forward (`hold_output`): T × O values a
 layer, against its second computation.
 
-The gradient g reaches the first node, which needs it for dB, as the gradient of `carrier`, a (T, O) tensor of one
-value in memory that no one reads.
+The gradient g reaches the first node, which needs it for dB and dx, as the gradient of `carrier`, a (T, O) tensor of
+one value in memory that no one reads. Each node is done with what it kept before it makes something as large: y is gone
+before dx, and so is z, which a checkpoint gives to nobody else. (Once read, that is; so both are read in functions of
+their own.)
 
 The rejected alternatives. One node for all: kept tensors are packed when the node's forward ends, product included.
 A third node for the magnitude: a node costs time of its own in forward, recompute and backward (at 4 tokens, the
-linears of SmolLM2 take 12 % longer in three nodes than in one). Leaving the low-rank part of dx to the first node:
-autograd would add two dx, a third T × I tensor at the peak.
+linears of SmolLM2 take 12 % longer in three nodes than in one). Making dx in the second node, where g comes first:
+z, in a decoder's MLP the widest tensor there is, would still be kept beside it.
 
 Shape suffixes: T tokens, I in_features, O out_features, R rank.
 """
@@ -83,10 +85,8 @@ def adapted_product(x_TI: Tensor, z_TI: Tensor | None, offset_O: Tensor | None, 
         z_TI: x thinned out by dropout; None if it is x itself, so that one gradient is made and none added.
         offset_O: of the magnitude; None for LoRA.
     """
-    # x's gradient is the product's to make: the low-rank node has a part in it only through a z of its own.
-    z_or_x_TI = x_TI.detach() if z_TI is None else z_TI
-    h_TR, carrier_TO = _LowRank.apply(z_or_x_TI, operands.A_RI, operands.B_OR, operands)
-    return _Product.apply(x_TI, h_TR, carrier_TO, offset_O, operands, z_TI is not None)
+    h_TR, carrier_TO = _Inputs.apply(x_TI, z_TI, operands.A_RI, operands.B_OR, operands)
+    return _Product.apply(x_TI.detach(), h_TR, carrier_TO, offset_O, operands)
 
 
 def frozen_product(x_TI: Tensor, base: BaseWeight) -> Tensor:
@@ -94,13 +94,17 @@ def frozen_product(x_TI: Tensor, base: BaseWeight) -> Tensor:
     return _FrozenProduct.apply(x_TI, base)
 
 
-class _LowRank(torch.autograd.Function):
-    """h = z·Aᵀ, with gradients for z, A and B; and the carrier of y's gradient."""
+class _Inputs(torch.autograd.Function):
+    """h = z·Aᵀ, and the carrier of y's gradient; with gradients for x (all of it), z, A and B."""
 
     @staticmethod
-    def forward(ctx: Any, z_TI: Tensor, A_RI: Tensor, B_OR: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x_TI: Tensor, z_TI: Tensor | None, A_RI: Tensor, B_OR: Tensor, operands: Operands
+    ) -> tuple[Tensor, Tensor]:
+        ctx.thinned = z_TI is not None
+        z_TI = x_TI if z_TI is None else z_TI
         h_TR = z_TI @ A_RI.t().to(z_TI.dtype)
-        _, needs_A, needs_B, _ = ctx.needs_input_grad
+        _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         ctx.save_for_backward(z_TI if needs_A else None, h_TR if needs_B else None)
         ctx.operands, ctx.versions = operands, (A_RI._version, B_OR._version)
         return h_TR, h_TR.new_empty(()).expand(h_TR.shape[0], B_OR.shape[0])
@@ -108,22 +112,35 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh_TR: Tensor, g_TO: Tensor) -> tuple[Tensor | None, ...]:
-        z_TI, h_TR = ctx.saved_tensors
         operands: Operands = ctx.operands
-        A_RI, B_OR = operands.A_RI, operands.B_OR
-        if ctx.versions != (A_RI._version, B_OR._version):
+        if ctx.versions != (operands.A_RI._version, operands.B_OR._version):
             raise RuntimeError(
                 "an adapter was changed in place between a forward and its backward; step after the backward"
             )
-        needs_z, needs_A, needs_B, _ = ctx.needs_input_grad
-        dz_TI = dh_TR @ A_RI.to(dh_TR.dtype) if needs_z else None
-        dA_RI = (dh_TR.t() @ z_TI).to(A_RI.dtype) if needs_A else None
-        dB_OR = (g_TO.t() @ h_TR).mul_(operands.low_rank_scale).to(B_OR.dtype) if needs_B else None
-        return dz_TI, dA_RI, dB_OR, None
+        needs_x, needs_z, *_ = ctx.needs_input_grad
+        dA_RI, dB_OR = _direction_gradients(ctx, dh_TR, g_TO)
+        dx_TI = operands.base.linear_transposed(g_TO, operands.scale) if needs_x else None
+        dz_TI = None
+        if ctx.thinned:
+            dz_TI = dh_TR @ operands.A_RI.to(dh_TR.dtype) if needs_z else None
+        elif dx_TI is not None:
+            dx_TI.addmm_(dh_TR, operands.A_RI.to(dh_TR.dtype))
+        return dx_TI, dz_TI, dA_RI, dB_OR, None
+
+
+def _direction_gradients(ctx: Any, dh_TR: Tensor, g_TO: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """dA = dhᵀ·z and dB = s·c ⊙ gᵀ·h, of those that train."""
+    z_TI, h_TR = ctx.saved_tensors
+    operands: Operands = ctx.operands
+    dA_RI = None if z_TI is None else (dh_TR.t() @ z_TI).to(operands.A_RI.dtype)
+    dB_OR = None
+    if h_TR is not None:
+        dB_OR = (g_TO.t() @ h_TR).mul_(operands.low_rank_scale).to(operands.B_OR.dtype)
+    return dA_RI, dB_OR
 
 
 class _Product(torch.autograd.Function):
-    """y = x·Ŵᵀ + h·(s·c⊙B)ᵀ, with gradients for x, by way of z too where z is x, for h and for the magnitude's offset.
+    """y = x·Ŵᵀ + h·(s·c⊙B)ᵀ, with gradients for h and the magnitude's offset; x's is for `_Inputs` to make.
 
     torch notices when a tensor that was kept has been changed in place, but not through a checkpoint, nor when it is
     held: then the gradient would be wrong in silence. So the version of y is compared here. The recompute makes y by
@@ -132,17 +149,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        h_TR: Tensor,
-        carrier_TO: Tensor,
-        offset_O: Tensor | None,
-        operands: Operands,
-        thinned: bool,
+        ctx: Any, x_TI: Tensor, h_TR: Tensor, carrier_TO: Tensor, offset_O: Tensor | None, operands: Operands
     ) -> Tensor:
         y_TO = operands.base.linear(x_TI, operands.scale)
         y_TO.addmm_(h_TR, operands.scaled_low_rank(h_TR.dtype).t())
-        ctx.operands, ctx.thinned = operands, thinned
+        ctx.operands = operands
         if offset_O is not None and ctx.needs_input_grad[3]:
             ctx.version, ctx.dtype = y_TO._version, offset_O.dtype
             ctx.held = y_TO.detach() if operands.hold_output else None
@@ -153,15 +164,9 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
         operands: Operands = ctx.operands
-        # In a function of its own, so that y, which no one else keeps, is freed before dx is made.
         doffset_O = _magnitude_gradient(ctx, g_TO) if ctx.needs_input_grad[3] else None
         dh_TR = g_TO @ operands.scaled_low_rank(g_TO.dtype)
-        dx_TI = None
-        if ctx.needs_input_grad[0]:
-            dx_TI = operands.base.linear_transposed(g_TO, operands.scale)
-            if not ctx.thinned:
-                dx_TI.addmm_(dh_TR, operands.A_RI.to(dh_TR.dtype))
-        return dx_TI, dh_TR, g_TO, doffset_O, None, None
+        return None, dh_TR, g_TO, doffset_O, None
 
 
 def _magnitude_gradient(ctx: Any, g_TO: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ __all__ = ["Batch", "Segment", "StepTrace", "cut", "head_is_plain", "simulate_lo
 
 SIMULATED_LAYERS = 3
 _LOSS_CHUNKS = 4
+# Its last argument says which gradients are made. The fake one makes them all.
+_MASKED = torch.ops.aten.native_batch_norm_backward.default
 _ATTENTION = "sdpa_over_fake_tensors"
 
 
@@ -212,7 +215,8 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        for item in tree_iter(result):
+        made = compress(result, args[-1]) if function is _MASKED else result
+        for item in tree_iter(made):
             if isinstance(item, Tensor):
                 self._enter(item.untyped_storage())
         return result
