@@ -19,7 +19,7 @@ from qdora.config import AdapterConfig
 from qdora.dora import FrozenLinear
 from qdora.errors import CheckpointError, ConfigError, reason, shown
 from qdora.experts import expand_experts, router_paths, stacks_left
-from qdora.inject import attach, linear_paths, linear_shape
+from qdora.inject import attach, linear_paths, linear_shape, make_lean
 from qdora.loader import KeyNames, key_names
 from qdora.nf4 import NF4Weight
 from qdora.patterns import is_tame
@@ -143,6 +143,7 @@ def hollow_model(
             for name in linear_paths(model):
                 if _becomes_nf4(name, skipped):
                     _make_hollow(model, name, bool(how.get("bnb_4bit_use_double_quant", True)))
+    make_lean(model)
     with torch.device("meta"):
         attach(model, adapter)
     return model

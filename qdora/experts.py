@@ -15,7 +15,7 @@ The constraint. A module is taken for experts by what it is: nothing but the two
 transformers' description of the arithmetic (`use_experts_implementation`), which must say gated, concatenated, not
 transposed, without biases and without a norm behind. What is otherwise (GPT-OSS: transposed, interleaved, with biases)
 stays as transformers made it, in 16 bits. How gate and up are joined is left to the module's own method, for some
-families clamp.
+families clamp; unless it gives the bits of `gated`, which keeps less.
 
 The rejected alternatives. A stack quantized as one tensor is a format that nobody else reads. A forward registered with
 transformers (`ALL_EXPERTS_FUNCTIONS`) is chosen for the whole model by a name in its config, and would need the packed
@@ -30,6 +30,7 @@ Shape suffixes: T tokens, S = T·k choices (k experts a token), H hidden size, I
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from qdora.base import BaseWeight
 from qdora.dense import DenseWeight
 from qdora.dora import FrozenLinear
+from qdora.gated import activation_of, gated
 
 __all__ = [
     "STACKS",
@@ -71,8 +73,7 @@ class RoutedExperts(nn.Module):
         self.names = _names_in_files(getattr(original.config, "model_type", None)) or _USUAL_NAMES
         for name in STACKS:
             delattr(original, name)
-        # A method, which keeps its module out of this one: transformers would look for the stacks to initialize them.
-        self._join: Callable[[Tensor], Tensor] = original._apply_gate
+        self._join = _joined(original)
         self.count: Callable[[Tensor, int, int], list[int]] = count_choices
 
     def extra_repr(self) -> str:
@@ -122,8 +123,24 @@ class RoutedExperts(nn.Module):
 
     def _expert(self, number: int, x_NH: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(f"{number}.{name}") for name in self.names)
-        y_NH: Tensor = down(self._join(torch.cat([gate(x_NH), up(x_NH)], dim=-1)))
+        y_NH: Tensor = down(self._join(gate(x_NH), up(x_NH)))
         return y_NH
+
+
+def _joined(original: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """How stacked experts join gate and up."""
+    # A method, which keeps its module out of ours: transformers would look for the stacks to initialize them.
+    theirs = partial(_join_stacked, original._apply_gate)
+    activation = activation_of(getattr(original, "act_fn", None))
+    if activation is None:
+        return theirs
+    ours = partial(gated, activation=activation, consumes_gradient=True)
+    gate = torch.linspace(-9, 9, 500, device="cpu", dtype=torch.float32)[None]
+    return ours if torch.equal(theirs(gate, gate.flip(-1)), ours(gate, gate.flip(-1))) else theirs
+
+
+def _join_stacked(join: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return join(torch.cat([gate, up], dim=-1))
 
 
 def count_choices(choice_S: Tensor, experts: int, per_token: int) -> list[int]:

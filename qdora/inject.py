@@ -17,8 +17,10 @@ from qdora.dense import DenseWeight
 from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import CheckpointError, ConfigError
 from qdora.experts import router_paths
+from qdora.gated import replace_mlps
 from qdora.nearest import did_you_mean
 from qdora.nf4 import NF4Weight, is_packed_linear
+from qdora.norm import replace_norms
 from qdora.whole import train_whole, trained_whole
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "freeze_packed",
     "linear_paths",
     "linear_shape",
+    "make_lean",
     "make_plain",
     "prepare_targets",
 ]
@@ -69,6 +72,12 @@ def make_plain(model: nn.Module) -> None:
             plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             plain.weight, plain.bias = module.weight, module.bias
             model.set_submodule(path, plain)
+
+
+def make_lean(model: nn.Module) -> None:
+    """Put norms and MLPs of ours, which keep less for the backward, in the place of those that compute the same."""
+    replace_norms(model)
+    replace_mlps(model)
 
 
 def adapted_linears(model: nn.Module) -> dict[str, DoRALinear]:

@@ -20,7 +20,7 @@ from qdora.arithmetic import compute_dtype, pick_device, training_dtype
 from qdora.config import AdapterConfig
 from qdora.errors import CheckpointError, ConfigError, out_of_memory, reason
 from qdora.experts import expand_experts
-from qdora.inject import attach, freeze_packed
+from qdora.inject import attach, freeze_packed, make_lean
 from qdora.kinship import origin_of
 from qdora.loader import NF4Config, check_complete, fill_experts, take_off_marks
 from qdora.offload import keep_embedding_on_host
@@ -149,6 +149,7 @@ def _frozen_base(
         fill_experts(model, reader, not packed, dtype, place)
     else:
         expand_experts(model)
+    make_lean(model)
     model.requires_grad_(False)
     return model, reader
 

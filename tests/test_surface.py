@@ -23,6 +23,7 @@ LAYERS = [
     {"reference", "stream", "offload", "simulate", "sharding"},
     {"adapterfile", "inject", "choices", "dropin", "card"},
     {"experts", "peftlayer"},
+    {"gated"},
     {
         *{"data", "dora", "whole", "kinship", "measure", "movement", "numerics", "packing", "progress", "report"},
         *{"resume", "scoring", "screens"},
@@ -33,6 +34,7 @@ LAYERS = [
         "curves",
         "dense",
         "loss",
+        "norm",
         "optimizer",
         "product",
         "rows",

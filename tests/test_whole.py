@@ -182,7 +182,7 @@ def test_refusals(tiny_nf4: Path, untied_nf4: Path, tmp_path: Path) -> None:
     for names, settings, message in [
         (("embed_token",), {}, "names 'embed_token', which is no module here; did you mean embed_tokens?"),
         (("q_proj",), {}, "names 'model.layers.0.self_attn.q_proj', a DoRALinear; only embedding, head and norms"),
-        (("mlp",), {}, "a LlamaMLP; only embedding"),
+        (("mlp",), {}, "a GatedMLP; only embedding"),
         (("embed_tokens",), {"embedding_on_host": True}, "a HostEmbedding; only embedding, head and norms on the"),
     ]:
         with pytest.raises(ConfigError, match=message):

@@ -1,0 +1,102 @@
+"""The RMS norm of most decoders, with a backward that keeps its input and one number a token.
+
+    y = w ⊙ x / √(mean(x²) + ε)
+
+The idea. transformers writes this norm as six operations in fp32, and autograd keeps what they wait for: x in fp32, 4
+bytes a value, for each of a layer's norms while the layer is in its backward. The gradient can be had from x as it
+came, which the residual stream or the checkpoint keeps anyway, and from 1/√(…), a number a token:
+
+    dx = (g⊙w − x̂ · mean(g⊙w⊙x̂)) / √(mean(x²) + ε),  x̂ = x / √(mean(x²) + ε)
+
+The constraint. A model must compute what it computes in plain transformers, to the bit. So the forward is theirs, one
+operation after the other, and a module is taken for such a norm by what it answers: alone with random weights, in bf16,
+it must give the same bits. Others (Gemma multiplies by 1 + w, in fp32) stay as they are.
+
+The rejected alternative: torch's own `rms_norm`, which rounds once where transformers rounds twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["RMSNorm", "replace_norms"]
+
+
+class RMSNorm(nn.Module):
+    """y = w ⊙ x / √(mean(x²) + ε) over the last dimension, in the dtype of w and x; differentiable in both."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, epsilon={self.epsilon}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Norm.apply(x, self.weight, self.epsilon)
+        return y
+
+
+class _Norm(torch.autograd.Function):
+    """See the top of this file."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, inverse, weight)
+        return weight * (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, inverse, weight = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        normed = x * inverse
+        dx = dweight = None
+        if needs_weight:
+            dweight = (g * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if needs_x:
+            pull = g * weight.float()
+            along = (pull * normed).mean(-1, keepdim=True)
+            dx = pull.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype)
+        return dx, dweight, None
+
+
+def replace_norms(model: nn.Module) -> None:
+    """Put an `RMSNorm` in the place of each module that computes the same, with its weight, in place."""
+    for path, module in list(model.named_modules()):
+        if (epsilon := _epsilon_of(module)) is not None and _answers_alike(module, epsilon):
+            model.set_submodule(path, RMSNorm(module.weight, epsilon).train(module.training))
+
+
+def _epsilon_of(module: nn.Module) -> float | None:
+    """Of what may be such a norm: one weight, one ε, one input."""
+    parts = [name for name, _ in (*module.named_parameters(), *module.named_buffers(), *module.named_children())]
+    if parts != ["weight"] or isinstance(module, RMSNorm) or len(inspect.signature(module.forward).parameters) != 1:
+        return None
+    found = [getattr(module, name, None) for name in ("variance_epsilon", "eps")]
+    return next((epsilon for epsilon in found if isinstance(epsilon, float)), None)
+
+
+def _answers_alike(module: Any, epsilon: float) -> bool:
+    if module.weight.dim() != 1:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    size = len(module.weight)
+    weight = torch.rand(size, generator=generator, device="cpu").add_(0.5)
+    # Long, usual and so short that ε decides.
+    x = torch.randn(3, 2, size, generator=generator, device="cpu") * torch.tensor([[[9.0]], [[1.0]], [[epsilon**0.5]]])
+    trial = copy.copy(module)
+    trial._parameters = {"weight": nn.Parameter(weight.bfloat16(), requires_grad=False)}
+    try:
+        return torch.equal(trial(x.bfloat16()), RMSNorm(trial.weight, epsilon)(x.bfloat16()))
+    except Exception:
+        # a model's own code may mind anything about an input that is not from it
+        return False
