@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers.activations import ACT2FN
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -28,6 +29,7 @@ from qdora.experts import (
     stacks_left,
     uneven_for_all,
 )
+from qdora.gated import gated
 from qdora.inject import adapt
 from qdora.nf4 import NF4Weight
 from qdora.nf4format import quantize_nf4
@@ -139,6 +141,27 @@ def test_it_is_the_function_that_transformers_computes() -> None:
         relative_error(ours.experts(x, chosen, weights).detach(), theirs.experts(x, chosen, weights).detach().double())
         < 1e-6
     )
+
+
+def test_experts_join_gate_and_up_leanly_or_as_their_own_module_does() -> None:
+    x = torch.randn(7, HIDDEN)
+    chosen, weights = torch.zeros(7, 1, dtype=torch.long), torch.ones(7, 1)
+
+    def own(stacks: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return stacks.act_fn(gate).clamp(max=0.1) * up
+
+    for activation, clamps, lean in [("silu", False, True), ("relu", False, False), ("silu", True, False)]:
+        theirs, ours = stacked(), stacked()
+        for holder in (theirs, ours):
+            holder.experts.act_fn = ACT2FN[activation]
+            if clamps:
+                holder.experts._apply_gate = partial(own, holder.experts)
+        expand_experts(ours)
+        assert (ours.experts._join.func is gated) == lean
+        expected, found = (each.experts(x, chosen, weights) for each in (theirs, ours))
+        # transformers' eager forward does not ask for what is clamped here
+        assert (relative_error(found.detach(), expected.detach().double()) < 1e-6) != clamps
 
 
 def test_dense_experts_are_windows() -> None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
 from qdora.dora import DoRALinear, FrozenLinear
+from qdora.gated import GatedMLP
 from qdora.inject import (
     adapted_linears,
     attach,
@@ -23,11 +25,14 @@ from qdora.inject import (
     hold_outputs,
     linear_paths,
     linear_shape,
+    make_lean,
     make_plain,
 )
 from qdora.nf4 import NF4Weight
+from qdora.norm import RMSNorm
 from qdora.whole import trained_whole
 from tests.conftest import disturb
+from tests.families import FAMILIES, make_family
 from tests.test_nf4 import packed_linear
 
 IDS = torch.arange(3, 23)[None]
@@ -230,3 +235,38 @@ def test_decoder_layers_are_the_longest_list_of_what_can_be_checkpointed() -> No
     assert decoder_layers(model) == list(model.text)
     with pytest.raises(ConfigError, match=r"^Linear has no decoder layers that can be checkpointed or streamed$"):
         decoder_layers(nn.Linear(2, 2))
+
+
+# Of two layers: a norm before attention and one before the MLP each, and the last; and those on q and k, or on what
+# DeepSeek compresses. The others' are LayerNorms, or multiply in fp32.
+NORMS = {
+    **dict.fromkeys(("mistral", "qwen2", "phi3", "mixtral", "qwen2_moe"), 5),
+    **dict.fromkeys(("qwen3", "qwen3_moe", "olmoe", "deepseek_v3"), 9),
+}
+# Of mixtures, the shared experts, and DeepSeek's dense layer.
+MLPS = {
+    **dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), 2),
+    **dict.fromkeys(("qwen2_moe", "deepseek_v3"), 2),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lean_norms_and_mlps_change_no_bit_and_no_name(name: str, tmp_path: Path) -> None:
+    ids = torch.arange(3, 43)[None]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(make_family(name, tmp_path / str(dtype)), dtype=dtype)
+
+        def step(model: Any = model) -> tuple[Tensor, Tensor]:
+            model.zero_grad()
+            logits = model(ids, use_cache=False).logits
+            logits.float().square().mean().backward()
+            return logits.detach(), model.get_input_embeddings().weight.grad.clone()
+
+        (expected, gradient), names = step(), list(model.state_dict())
+        make_lean(model)
+        counts = [sum(isinstance(module, kind) for module in model.modules()) for kind in (RMSNorm, GatedMLP)]
+        assert counts == [NORMS.get(name, 0), MLPS.get(name, 0)]
+        assert list(model.state_dict()) == names
+        logits, found = step()
+        assert torch.equal(logits, expected)
+        assert float((found - gradient).norm() / gradient.norm()) < (1e-5 if dtype == torch.float32 else 2e-2)
