@@ -4,7 +4,7 @@
 
 The idea. The widest tensors of a model are in here. For the two operations between the linears, autograd keeps three of
 them, gate(x), act(gate(x)) and up(x), and in the backward six are alive at once. Four are enough. gate(x) and up(x) are
-what the adapters keep for the gradient of the magnitude anyway; act(gate(x)) is computed again, into the buffer that
+what DoRA keeps for the gradient of the magnitude anyway; act(gate(x)) is computed again, into the buffer that
 becomes the gradient of up(x); and the gradient that comes in becomes the one of gate(x), in place.
 
 That one may be overwritten because the projection down made it, for this and nobody else: ours does, so it is done
@@ -12,7 +12,8 @@ behind ours only. (Who keeps gradients that hooks saw between the two, must copy
 
 The constraint. Not a bit may change: the operations are those of transformers, in its order and dtype, forward and
 backward. A module is taken for such an MLP by what it is made of (three linears, an activation, no more) and by what it
-answers: with small linears in the place of its own it must give the same bits.
+answers: with small linears in the place of its own it must give the same bits, in fp32 and bf16, for small numbers and
+for huge ones, which some models clamp.
 
 The rejected alternative: one node for the projection down as well, which would own that gradient without asking. It
 would have to do everything that an adapted linear does, a second time.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +34,11 @@ from torch.nn import functional
 
 from qdora.dora import DoRALinear, FrozenLinear
 
-__all__ = ["GatedMLP", "activation_of", "gated", "replace_mlps"]
+__all__ = ["GatedMLP", "activation_of", "gated", "joins_as", "replace_mlps"]
 
 _LINEARS = ("gate_proj", "up_proj", "down_proj")
 _PARTS = {*_LINEARS, "act_fn"}
+_TRIED = 96
 
 
 class _Activation(NamedTuple):
@@ -105,12 +107,26 @@ class _Gated(torch.autograd.Function):
 
 def activation_of(module: Any) -> str | None:
     """The name of the activation that a module computes, found out by trying; None if it is unknown here."""
-    x = torch.linspace(-9, 9, 500, device="cpu", dtype=torch.float32)
+    return next((name for name, known in _ACTIVATIONS.items() if _alike(module, known.forward)), None)
+
+
+def joins_as(join: Callable[[Tensor, Tensor], Tensor], activation: str) -> bool:
+    """Whether a function of gate and up is `gated`, found out by trying."""
+    return _alike(
+        lambda values: join(values, values.flip(-1)),
+        lambda values: gated(values, values.flip(-1), activation, consumes_gradient=False),
+    )
+
+
+def _alike(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> bool:
+    """Whether two functions give the same bits, for small values and huge ones, in two dtypes."""
+    small = torch.linspace(-9, 9, _TRIED, device="cpu", dtype=torch.float32)
+    values = torch.stack([small, 1e7 * small])
     try:
-        return next((name for name, known in _ACTIVATIONS.items() if torch.equal(module(x), known.forward(x))), None)
+        return all(torch.equal(one(x), other(x)) for x in (values, values.bfloat16()))
     except Exception:
         # a model's own code may mind anything about an input that is not from it
-        return None
+        return False
 
 
 def replace_mlps(model: nn.Module) -> None:
@@ -130,19 +146,35 @@ def _is_made_of_these(module: nn.Module) -> bool:
 
 
 def _answer_alike(module: nn.Module, mlp: GatedMLP) -> bool:
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(0)
-        linears = {name: nn.Linear(8, 8) for name in _LINEARS}
-        x = torch.randn(2, 3, 8)
-        try:
-            expected, found = (_with_linears(each, linears).train()(x) for each in (module, mlp))
-        except Exception:
-            # a model's own code may mind anything about an input that is not from it
-            return False
-        return torch.equal(expected, found)
+    weights = _trial_weights()
+
+    def answer(of: nn.Module) -> Callable[[Tensor], Tensor]:
+        def computed(x: Tensor) -> Tensor:
+            trial: Any = copy.copy(of)
+            linears = {name: _Product(weight.to(x.dtype)) for name, weight in zip(_LINEARS, weights, strict=True)}
+            trial._modules, trial.training = {**of._modules, **linears}, True
+            y: Tensor = trial(x)
+            return y
+
+        return computed
+
+    with torch.random.fork_rng(devices=[]):  # some drop values at random
+        return _alike(answer(module), answer(mlp))
 
 
-def _with_linears(mlp: nn.Module, linears: dict[str, nn.Linear]) -> nn.Module:
-    trial = copy.copy(mlp)
-    trial._modules = {**mlp._modules, **linears}
-    return trial
+@cache
+def _trial_weights() -> list[Tensor]:
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    shape = (_TRIED, _TRIED)
+    return [torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32) / 9 for _ in _LINEARS]
+
+
+class _Product(nn.Module):
+    """The least that passes for a linear."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t()

@@ -33,13 +33,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
         super().__init__()
-        self.weight, self.epsilon = weight, epsilon
+        self.weight, self.variance_epsilon = weight, epsilon  # transformers' names
 
     def extra_repr(self) -> str:
-        return f"{len(self.weight)}, epsilon={self.epsilon}"
+        return f"{len(self.weight)}, epsilon={self.variance_epsilon}"
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Norm.apply(x, self.weight, self.epsilon)
+        y: Tensor = _Norm.apply(x, self.weight, self.variance_epsilon)
         return y
 
 
@@ -61,7 +61,7 @@ class _Norm(torch.autograd.Function):
         normed = x * inverse
         dx = dweight = None
         if needs_weight:
-            dweight = (g * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            dweight = (g * normed).reshape(-1, len(weight)).sum(0).to(weight.dtype)
         if needs_x:
             pull = g * weight.float()
             along = (pull * normed).mean(-1, keepdim=True)
@@ -88,11 +88,12 @@ def _epsilon_of(module: nn.Module) -> float | None:
 def _answers_alike(module: Any, epsilon: float) -> bool:
     if module.weight.dim() != 1:
         return False
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     size = len(module.weight)
     weight = torch.rand(size, generator=generator, device="cpu").add_(0.5)
     # Long, usual and so short that ε decides.
-    x = torch.randn(3, 2, size, generator=generator, device="cpu") * torch.tensor([[[9.0]], [[1.0]], [[epsilon**0.5]]])
+    lengths = torch.tensor([9.0, 1.0, epsilon**0.5], device="cpu").view(3, 1, 1)
+    x = torch.randn(3, 2, size, generator=generator, device="cpu") * lengths
     trial = copy.copy(module)
     trial._parameters = {"weight": nn.Parameter(weight.bfloat16(), requires_grad=False)}
     try:

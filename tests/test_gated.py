@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from qdora.gated import GatedMLP, activation_of, gated, replace_mlps
+from qdora.gated import GatedMLP, activation_of, gated, joins_as, replace_mlps
 from tests.memory import allocated_by
 from tests.test_dora import make_layer
 
@@ -183,6 +183,19 @@ def test_other_activations_stay(name: str) -> None:
     assert type(holder["mlp"]) is LlamaMLP
 
 
+def test_how_gate_and_up_are_joined_is_found_out() -> None:
+    silu = functional.silu
+    for join, alike in [
+        (lambda gate, up: up * silu(gate), True),
+        (lambda gate, up: functional.gelu(gate) * up, False),
+        (lambda gate, up: silu(gate.clamp(max=10)) * up, False),
+        (lambda gate, up: silu(gate) * up.clamp(-10, 10), False),
+        (lambda gate, up: (silu(gate.float()) * up.float()).to(gate.dtype), False),
+        (lambda gate, up: gate.no_such_method(), False),
+    ]:
+        assert joins_as(join, "silu") == alike
+
+
 def test_what_is_no_activation_is_none() -> None:
     assert activation_of(None) is None
     assert activation_of(nn.Linear(3, 3)) is None
@@ -209,13 +222,31 @@ class _Owner(LlamaMLP):
         self.gain = nn.Parameter(torch.ones(()))
 
 
+class _Clamped(LlamaMLP):
+    """As DeepSeek-V4's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x).clamp(max=10.0), self.up_proj(x).clamp(min=-10.0, max=10.0)
+        y: Tensor = self.down_proj(self.act_fn(gate) * up)
+        return y
+
+
+class _InFp32(LlamaMLP):
+    """As Beam's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.act_fn(self.gate_proj(x).float()) * self.up_proj(x).float()
+        y: Tensor = self.down_proj(product.to(x.dtype))
+        return y
+
+
 class _Strict(LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
         assert x.shape[-1] == 64, "only my own size"
         return super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [_Scaled, _Dropping, _Two, _Owner, _Strict])
+@pytest.mark.parametrize("kind", [_Scaled, _Dropping, _Two, _Owner, _Clamped, _InFp32, _Strict])
 def test_what_computes_otherwise_or_may_stays(kind: type[LlamaMLP]) -> None:
     mlp = kind(LlamaConfig(hidden_size=64, intermediate_size=192)).eval()
     holder = nn.ModuleDict({"mlp": mlp})
@@ -228,7 +259,9 @@ def test_the_place_is_taken_with_parts_names_and_mode() -> None:
         training, holder = mlp.training, nn.ModuleDict({"mlp": mlp})
         names, parts = list(holder.state_dict()), dict(mlp.named_children())
         state = torch.random.get_rng_state()
+        seeded = torch.initial_seed()
         replace_mlps(holder)
+        assert torch.initial_seed() == seeded
         ours = holder["mlp"]
         assert isinstance(ours, GatedMLP)
         assert torch.equal(torch.random.get_rng_state(), state)

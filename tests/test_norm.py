@@ -47,7 +47,7 @@ def some(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 96), (2, 7, 96), (2, 7, 3, 96), (1, 1, 96)])
+@pytest.mark.parametrize("shape", [(5, 96), (2, 7, 96), (2, 7, 3, 96), (1, 1, 96), (0, 96)])
 def test_the_forward_is_transformers_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = some(dtype, *shape)
     expected, found = theirs(96, dtype)(x), ours(96, dtype)(x)
@@ -95,6 +95,16 @@ def test_gradients_by_finite_differences() -> None:
     expected = torch.autograd.functional.jacobian(lambda leaf: in_fp64(leaf, weight), x)
     found = torch.autograd.functional.jacobian(lambda leaf: norm.float()(leaf), x32.detach())
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(96,), (0, 96), (2, 3, 5, 96)])
+def test_gradients_of_any_shape(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    found = []
+    for norm in (theirs(96), ours(96)):
+        leaf = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(norm(leaf).square().sum(), (leaf, norm.weight)))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_what_trains_decides_what_is_computed() -> None:
