@@ -4,8 +4,8 @@
 
 The idea. The widest tensors of a model are in here. For the two operations between the linears, autograd keeps three of
 them, gate(x), act(gate(x)) and up(x), and in the backward six are alive at once. Four are enough. gate(x) and up(x) are
-what DoRA keeps for the gradient of the magnitude anyway; act(gate(x)) is computed again, into the buffer that
-becomes the gradient of up(x); and the gradient that comes in becomes the one of gate(x), in place.
+what DoRA keeps for the gradient of the magnitude anyway; act(gate(x)) is computed again, into the buffer that becomes
+the gradient of up(x); and the gradient that comes in becomes the one of gate(x), in place.
 
 That one may be overwritten because the projection down made it, for this and nobody else: ours does, so it is done
 behind ours only. (Who keeps gradients that hooks saw between the two, must copy them.)
@@ -21,8 +21,6 @@ would have to do everything that an adapted linear does, a second time.
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -33,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from qdora.dora import DoRALinear, FrozenLinear
+from qdora.trial import same_bits, takes_one_input, with_parts
 
 __all__ = ["GatedMLP", "activation_of", "gated", "joins_as", "replace_mlps"]
 
@@ -122,11 +121,7 @@ def _alike(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -
     """Whether two functions give the same bits, for small values and huge ones, in two dtypes."""
     small = torch.linspace(-9, 9, _TRIED, device="cpu", dtype=torch.float32)
     values = torch.stack([small, 1e7 * small])
-    try:
-        return all(torch.equal(one(x), other(x)) for x in (values, values.bfloat16()))
-    except Exception:
-        # a model's own code may mind anything about an input that is not from it
-        return False
+    return same_bits(one, other, values, values.bfloat16())
 
 
 def replace_mlps(model: nn.Module) -> None:
@@ -142,24 +137,12 @@ def _is_made_of_these(module: nn.Module) -> bool:
     names = {name for name, _ in module.named_children()}
     own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     usual = names == _PARTS and not own and not isinstance(module, GatedMLP)
-    return usual and len(inspect.signature(module.forward).parameters) == 1
+    return usual and takes_one_input(module)
 
 
 def _answer_alike(module: nn.Module, mlp: GatedMLP) -> bool:
-    weights = _trial_weights()
-
-    def answer(of: nn.Module) -> Callable[[Tensor], Tensor]:
-        def computed(x: Tensor) -> Tensor:
-            trial: Any = copy.copy(of)
-            linears = {name: _Product(weight.to(x.dtype)) for name, weight in zip(_LINEARS, weights, strict=True)}
-            trial._modules, trial.training = {**of._modules, **linears}, True
-            y: Tensor = trial(x)
-            return y
-
-        return computed
-
-    with torch.random.fork_rng(devices=[]):  # some drop values at random
-        return _alike(answer(module), answer(mlp))
+    linears = {name: _Product(weight) for name, weight in zip(_LINEARS, _trial_weights(), strict=True)}
+    return _alike(*(with_parts(each, {}, linears) for each in (module, mlp)))
 
 
 @cache
@@ -177,4 +160,4 @@ class _Product(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.t()
+        return x @ self.weight.t().to(x.dtype)
