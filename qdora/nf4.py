@@ -176,18 +176,15 @@ class NF4Weight(KeepsDtype):
         if row_scale_O is not None:
             absmax = _scaled_rows(absmax, row_scale_O)
         absmax = absmax.view(rows, -1)
-        step = max(1, workspace_of(self.device).tile_bytes // (dtype.itemsize * rows * blocksize))
-        for start in range(0, absmax.shape[1], step):
-            stop = min(start + step, absmax.shape[1])
+        for columns in workspace_of(self.device).cut(self.in_features, blocksize, rows, dtype):
+            start, stop = columns.start // blocksize, columns.stop // blocksize
             part = packed[:, start * blocksize // 2 : stop * blocksize // 2].contiguous().view(-1)
             scales = absmax[:, start:stop].contiguous().view(-1)  # bitsandbytes does not look at strides
-            yield slice(start * blocksize, stop * blocksize), self._unpack(part, scales, dtype).view(rows, -1)
+            yield columns, self._unpack(part, scales, dtype).view(rows, -1)
 
     def _tile_rows(self, dtype: torch.dtype) -> Iterator[slice]:
         unit = self.blocksize // math.gcd(self.in_features, self.blocksize)
-        step = max(1, workspace_of(self.device).tile_bytes // (dtype.itemsize * self.in_features * unit)) * unit
-        for start in range(0, self.out_features, step):
-            yield slice(start, min(start + step, self.out_features))
+        return workspace_of(self.device).cut(self.out_features, unit, self.in_features, dtype)
 
     def _unpack_rows(
         self, rows: slice, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale_O: Tensor | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from qdora.workspace import ACCELERATOR, CPU, Workspace, assume, workspace_of
@@ -19,3 +20,40 @@ def test_assumed_ones_hold_within() -> None:
             assert workspace_of(torch.device("cpu")) is ACCELERATOR
         assert workspace_of(torch.device("cuda")) is small
     assert workspace_of(torch.device("cpu")) is CPU
+
+
+def widths(workspace: Workspace, size: int, values: int, dtype: torch.dtype, unit: int = 1) -> list[int]:
+    tiles = list(workspace.cut(size, unit, values, dtype))
+    assert [tile.start for tile in tiles] == [0, *(tile.stop for tile in tiles[:-1])]
+    assert tiles[-1].stop == size
+    assert all(tile.start % unit == 0 for tile in tiles)
+    return [tile.stop - tile.start for tile in tiles]
+
+
+@pytest.mark.parametrize("size, values", [(4096, 4096), (11008, 4096), (28672, 8192), (13824, 5120), (1025, 8000)])
+def test_a_wide_product_in_16_bits_is_wide_enough_for_both_cores(size: int, values: int) -> None:
+    for unit in (1, 64):
+        found = widths(CPU, size, values, torch.bfloat16, unit)
+        assert 1024 <= min(found) <= max(found) <= 1024 + 128
+        assert 2 * values * max(found) <= 2 * CPU.tile_bytes
+
+
+@pytest.mark.parametrize("size, values", [(4096, 11008), (4096, 14336), (8192, 28672), (1536, 8192)])
+def test_one_whose_tiles_would_be_too_large_is_narrow(size: int, values: int) -> None:
+    assert set(widths(CPU, size, values, torch.float16, 64)) == {256}
+
+
+def test_in_32_bits_a_tile_is_what_fits() -> None:
+    assert set(widths(CPU, 4096, 4096, torch.float32)) == {512}
+    assert set(widths(CPU, 4096, 11008, torch.float32)) == {128, 192}  # 190 would fit
+    assert set(widths(ACCELERATOR, 4096, 11008, torch.bfloat16)) == {2048}
+
+
+def test_what_fits_stays_whole() -> None:
+    assert widths(CPU, 576, 1536, torch.bfloat16) == [576]
+    assert widths(CPU, 49152, 64, torch.float32) == [24576, 24576]
+
+
+def test_units_stay_together_and_only_the_last_is_cut() -> None:
+    assert widths(Workspace(tile_bytes=1), 50, 100, torch.float32, unit=16) == [16, 16, 16, 2]
+    assert widths(Workspace(tile_bytes=4 * 100 * 32), 50, 100, torch.float32, unit=16) == [32, 18]
