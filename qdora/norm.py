@@ -13,6 +13,8 @@ operation after the other, and a module is taken for such a norm by what it answ
 it must give the same bits. Others (Gemma multiplies by 1 + w, in fp32) stay as they are.
 
 The rejected alternative: torch's own `rms_norm`, which rounds once where transformers rounds twice.
+
+Shape suffixes: T tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qdora.trial import same_bits, takes_one_input, with_parts
+from qdora.workspace import blocks
 
 __all__ = ["RMSNorm", "replace_norms"]
 
@@ -48,25 +51,33 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = x.float()
-        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-        ctx.save_for_backward(x, inverse, weight)
-        return weight * (wide * inverse).to(x.dtype)
+        x_TH = x.reshape(-1, len(weight))
+        y_TH = torch.empty_like(x_TH, dtype=torch.result_type(weight, x), memory_format=torch.contiguous_format)
+        inverse_T1 = x_TH.new_empty(len(x_TH), 1, dtype=torch.float32)
+        for rows in blocks(x_TH):
+            wide = x_TH[rows].float()
+            inverse_T1[rows] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+            torch.mul(weight, (wide * inverse_T1[rows]).to(x.dtype), out=y_TH[rows])
+        ctx.save_for_backward(x, inverse_T1, weight)
+        return y_TH.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, inverse, weight = ctx.saved_tensors
+        x, inverse_T1, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        normed = x * inverse
-        dx = dweight = None
-        if needs_weight:
-            dweight = (g * normed).reshape(-1, len(weight)).sum(0).to(weight.dtype)
-        if needs_x:
-            pull = g * weight.float()
-            along = (pull * normed).mean(-1, keepdim=True)
-            dx = pull.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype)
-        return dx, dweight, None
+        x_TH, g_TH = x.reshape(-1, len(weight)), g.reshape(-1, len(weight))
+        dx_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
+        dweight_H = torch.zeros_like(weight, dtype=torch.float32)
+        for rows in blocks(x_TH):
+            normed = x_TH[rows] * inverse_T1[rows]
+            if needs_weight:
+                dweight_H += (g_TH[rows] * normed).sum(0)
+            if needs_x:
+                pull = g_TH[rows] * weight.float()
+                along = (pull * normed).mean(-1, keepdim=True)
+                dx_TH[rows] = pull.addcmul_(normed, along, value=-1).mul_(inverse_T1[rows])
+        return dx_TH.view(x.shape) if needs_x else None, dweight_H.to(weight.dtype) if needs_weight else None, None
 
 
 def replace_norms(model: nn.Module) -> None:

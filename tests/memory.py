@@ -31,7 +31,14 @@ def peak_of(work: str, warm_up: str) -> int:
 
 
 def allocated_by(work: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator holds at once for it, on the CPU, above what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    """The most bytes that torch's allocator holds at once for it, on the CPU, above what it held before.
+
+    Without oneDNN, whose 16-bit products take scratch memory from the same allocator on some CPUs.
+    """
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        torch.backends.mkldnn.flags(enabled=False),
+        torch.profiler.profile(activities=cpu, profile_memory=True) as profile,
+    ):
         work()
     return most_allocated(profile)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdora.workspace import ACCELERATOR, CPU, Workspace, assume, workspace_of
+from qdora.workspace import ACCELERATOR, CPU, Workspace, assume, blocks, workspace_of
 
 
 def test_by_device() -> None:
@@ -30,7 +30,7 @@ def widths(workspace: Workspace, size: int, values: int, dtype: torch.dtype, uni
     return [tile.stop - tile.start for tile in tiles]
 
 
-@pytest.mark.parametrize("size, values", [(4096, 4096), (11008, 4096), (28672, 8192), (13824, 5120), (1025, 8000)])
+@pytest.mark.parametrize(("size", "values"), [(4096, 4096), (11008, 4096), (28672, 8192), (13824, 5120), (1025, 8000)])
 def test_a_wide_product_in_16_bits_is_wide_enough_for_both_cores(size: int, values: int) -> None:
     for unit in (1, 64):
         found = widths(CPU, size, values, torch.bfloat16, unit)
@@ -38,7 +38,7 @@ def test_a_wide_product_in_16_bits_is_wide_enough_for_both_cores(size: int, valu
         assert 2 * values * max(found) <= 2 * CPU.tile_bytes
 
 
-@pytest.mark.parametrize("size, values", [(4096, 11008), (4096, 14336), (8192, 28672), (1536, 8192)])
+@pytest.mark.parametrize(("size", "values"), [(4096, 11008), (4096, 14336), (8192, 28672), (1536, 8192)])
 def test_one_whose_tiles_would_be_too_large_is_narrow(size: int, values: int) -> None:
     assert set(widths(CPU, size, values, torch.float16, 64)) == {256}
 
@@ -57,3 +57,16 @@ def test_what_fits_stays_whole() -> None:
 def test_units_stay_together_and_only_the_last_is_cut() -> None:
     assert widths(Workspace(tile_bytes=1), 50, 100, torch.float32, unit=16) == [16, 16, 16, 2]
     assert widths(Workspace(tile_bytes=4 * 100 * 32), 50, 100, torch.float32, unit=16) == [32, 18]
+
+
+def test_elementwise_work_takes_as_many_rows_as_stay_in_the_cache() -> None:
+    rows = CPU.block_bytes // (4 * 512)
+    values = torch.empty(2 * rows + 3, 512, dtype=torch.bfloat16)
+    sizes = [block.stop - block.start for block in blocks(values)]
+    assert len(sizes) == 3
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == len(values)
+    with assume(Workspace(tile_bytes=1, block_bytes=1)):
+        assert list(blocks(values[:2])) == [slice(0, 1), slice(1, 2)]
+    assert list(blocks(values[:9])) == [slice(0, 9)]
+    assert list(blocks(values[:0])) == list(blocks(values[:, :0])) == []
