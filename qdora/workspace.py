@@ -23,7 +23,7 @@ from torch import Tensor
 __all__ = ["ACCELERATOR", "CPU", "Workspace", "assume", "blocks", "workspace_of"]
 
 _EVEN = 64
-"""Widths are multiples of this, where tiles are as wide."""
+"""Tiles that are as wide as this or wider have a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Workspace:
         if dtype.itemsize == 2 and count > 1 and size < self.wide * count:
             as_wide = size // self.wide
             count = as_wide if as_wide and size <= 2 * fitting * as_wide else math.ceil(size / self.narrow)
-        edges = [min(units * tile // count * unit, size) for tile in range(count + 1)]
-        return map(slice, edges[:-1], edges[1:])
+        return (slice(start * unit, min(stop * unit, size)) for start, stop in _spread(units, count))
 
 
 # 4 to 16 MiB measured alike (4096×11008, 1,024 tokens), 1 MiB and whole weights at up to twice the time.
@@ -77,8 +76,12 @@ def blocks(values: Tensor) -> Iterator[slice]:
     """The rows of a matrix, as many at a time as elementwise work takes at once."""
     rows, columns = values.shape
     count = math.ceil(4 * rows * columns / workspace_of(values.device).block_bytes)
-    edges = [rows * block // max(1, min(count, rows)) for block in range(min(count, rows) + 1)]
-    return map(slice, edges[:-1], edges[1:])
+    return (slice(start, stop) for start, stop in _spread(rows, min(count, rows)))
+
+
+def _spread(units: int, count: int) -> Iterator[tuple[int, int]]:
+    """Where each of `count` runs of nearly the same length begins and ends."""
+    return ((units * run // count, units * (run + 1) // count) for run in range(count))
 
 
 @contextmanager

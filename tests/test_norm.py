@@ -16,6 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from qdora.norm import RMSNorm, replace_norms
+from qdora.workspace import CPU, Workspace, assume
 from tests.memory import allocated_by
 
 EPSILON = 1e-5
@@ -53,6 +54,23 @@ def test_the_forward_is_transformers_to_the_bit(shape: tuple[int, ...], dtype: t
     expected, found = theirs(96, dtype)(x), ours(96, dtype)(x)
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows_at_once", [1, 10, 33])
+def test_blocks_of_rows_give_the_bits_of_all_at_once(rows_at_once: int, dtype: torch.dtype) -> None:
+    norm, expected, results = ours(96, dtype), theirs(96, dtype), []
+    for workspace in (CPU, Workspace(tile_bytes=1, block_bytes=4 * 96 * rows_at_once)):
+        x = some(dtype, 3, 11, 96).requires_grad_()
+        with assume(workspace):
+            y = norm(x)
+            dx, dweight = torch.autograd.grad(y.square().sum(), (x, norm.weight))
+        results.append((y, dx, dweight))
+    (y, dx, dweight), (whole, whole_dx, whole_dweight) = results
+    assert torch.equal(y, expected(x))
+    assert torch.equal(y, whole)
+    assert torch.equal(dx, whole_dx)
+    torch.testing.assert_close(dweight, whole_dweight)  # a sum over rows, in another order
 
 
 def test_a_weight_in_fp32_makes_the_output_so() -> None:
