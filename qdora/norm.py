@@ -19,6 +19,7 @@ Shape suffixes: T tokens, H hidden size.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -51,33 +52,38 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        x_TH = x.reshape(-1, len(weight))
-        y_TH = torch.empty_like(x_TH, dtype=torch.result_type(weight, x), memory_format=torch.contiguous_format)
-        inverse_T1 = x_TH.new_empty(len(x_TH), 1, dtype=torch.float32)
+        y = torch.empty_like(x, dtype=torch.result_type(weight, x), memory_format=torch.contiguous_format)
+        x_TH, y_TH = _matrix(x), _matrix(y)
+        inverse_T1 = x.new_empty(len(x_TH), 1, dtype=torch.float32)
         for rows in blocks(x_TH):
             wide = x_TH[rows].float()
             inverse_T1[rows] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
             torch.mul(weight, (wide * inverse_T1[rows]).to(x.dtype), out=y_TH[rows])
         ctx.save_for_backward(x, inverse_T1, weight)
-        return y_TH.view(x.shape)
+        return y  # not a view, which nobody might change in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, inverse_T1, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        x_TH, g_TH = x.reshape(-1, len(weight)), g.reshape(-1, len(weight))
-        dx_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+        x_TH, g_TH, dx_TH = _matrix(x), _matrix(g), None if dx is None else _matrix(dx)
         dweight_H = torch.zeros_like(weight, dtype=torch.float32)
         for rows in blocks(x_TH):
             normed = x_TH[rows] * inverse_T1[rows]
             if needs_weight:
                 dweight_H += (g_TH[rows] * normed).sum(0)
-            if needs_x:
+            if dx_TH is not None:
                 pull = g_TH[rows] * weight.float()
                 along = (pull * normed).mean(-1, keepdim=True)
                 dx_TH[rows] = pull.addcmul_(normed, along, value=-1).mul_(inverse_T1[rows])
-        return dx_TH.view(x.shape) if needs_x else None, dweight_H.to(weight.dtype) if needs_weight else None, None
+        return dx, dweight_H.to(weight.dtype) if needs_weight else None, None
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """(..., H) as (T, H)."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def replace_norms(model: nn.Module) -> None:

@@ -6,8 +6,8 @@ at widths from 320 to 896, but not at 192 and 256, nor at 1,024 and more; 128 to
 that is no multiple of 32 a fifth more. The down projection of a 7B model, 4096 × 11008, took 117 ms for 1,024 tokens in
 tiles of 381 rows; it takes 58 in tiles of 256, and the dense product 39.
 
-Work on single values goes a block of rows at a time: what one operation leaves is in the cache for the next, and no
-temporary is as large as its input.
+Work on single values goes a block of rows at a time: what one operation leaves is in the cache for the next, and
+temporaries are small.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 __all__ = ["ACCELERATOR", "CPU", "Workspace", "assume", "blocks", "workspace_of"]
 
 _EVEN = 64
-"""Tiles that are as wide as this or wider have a multiple of it."""
+"""Where so many rows fit in a tile, it has a multiple of them."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Workspace:
     """Of one dequantized tile of a base weight, more or less."""
     narrow: int = 0
     wide: int = 0
-    """The widths for products in 16 bits, where no wider tile fits: `wide`, if that takes no more than twice the bytes,
-    else `narrow`, whatever that takes."""
+    """The widths for products in 16 bits, where no wider tile fits: `wide`, if tiles then take about twice the bytes at
+    most, else `narrow`, whatever that takes. Weights that fit whole are not cut."""
     block_bytes: int = 64 * 2**20
     """Of the rows that elementwise work takes at once, counted in fp32."""
 
@@ -55,7 +55,8 @@ class Workspace:
         count = math.ceil(units / most)
         if dtype.itemsize == 2 and count > 1 and size < self.wide * count:
             as_wide = size // self.wide
-            count = as_wide if as_wide and size <= 2 * fitting * as_wide else math.ceil(size / self.narrow)
+            as_narrow = min(math.ceil(size / self.narrow), units)
+            count = as_wide if as_wide and size <= 2 * fitting * as_wide else as_narrow
         return (slice(start * unit, min(stop * unit, size)) for start, stop in _spread(units, count))
 
 
@@ -73,8 +74,13 @@ def workspace_of(device: torch.device) -> Workspace:
 
 
 def blocks(values: Tensor) -> Iterator[slice]:
-    """The rows of a matrix, as many at a time as elementwise work takes at once."""
+    """The rows of a matrix, as many at a time as elementwise work takes at once.
+
+    All of them under `torch.compile`, which fuses that work, and would unroll these and compile anew for each number.
+    """
     rows, columns = values.shape
+    if torch.compiler.is_compiling():
+        return iter([slice(0, rows)])
     count = math.ceil(4 * rows * columns / workspace_of(values.device).block_bytes)
     return (slice(start, stop) for start, stop in _spread(rows, min(count, rows)))
 

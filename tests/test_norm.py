@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -71,6 +72,28 @@ def test_blocks_of_rows_give_the_bits_of_all_at_once(rows_at_once: int, dtype: t
     assert torch.equal(y, whole)
     assert torch.equal(dx, whole_dx)
     torch.testing.assert_close(dweight, whole_dweight)  # a sum over rows, in another order
+
+
+def test_the_output_may_be_changed_in_place() -> None:
+    y = ours(96)(torch.randn(2, 3, 96, requires_grad=True))
+    y += 1
+    y.sum().backward()
+
+
+def test_an_input_of_another_width_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="must match"):
+        ours(96)(torch.randn(4, 192))
+
+
+def test_compiled_it_does_not_mind_the_number_of_rows() -> None:
+    norm, backend = ours(512), CompileCounter()
+    compiled = torch.compile(norm, backend=backend, dynamic=True)
+    frames = []
+    for rows in (1000, 3000, 9000, 20000):
+        x = some(torch.float32, 1, rows, 512)
+        torch.testing.assert_close(compiled(x), norm(x))
+        frames.append(backend.frame_count)
+    assert frames[1:] == [frames[1]] * 3
 
 
 def test_a_weight_in_fp32_makes_the_output_so() -> None:

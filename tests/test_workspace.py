@@ -43,6 +43,10 @@ def test_one_whose_tiles_would_be_too_large_is_narrow(size: int, values: int) ->
     assert set(widths(CPU, size, values, torch.float16, 64)) == {256}
 
 
+def test_no_tile_is_empty_where_large_units_stay_together() -> None:
+    assert widths(CPU, 1024, 14336, torch.bfloat16, unit=512) == [512, 512]
+
+
 def test_in_32_bits_a_tile_is_what_fits() -> None:
     assert set(widths(CPU, 4096, 4096, torch.float32)) == {512}
     assert set(widths(CPU, 4096, 11008, torch.float32)) == {128, 192}  # 190 would fit
