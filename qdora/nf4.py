@@ -177,9 +177,9 @@ class NF4Weight(KeepsDtype):
             absmax = _scaled_rows(absmax, row_scale_O)
         absmax = absmax.view(rows, -1)
         for columns in workspace_of(self.device).cut(self.in_features, blocksize, rows, dtype):
-            start, stop = columns.start // blocksize, columns.stop // blocksize
-            part = packed[:, start * blocksize // 2 : stop * blocksize // 2].contiguous().view(-1)
-            scales = absmax[:, start:stop].contiguous().view(-1)  # bitsandbytes does not look at strides
+            part = packed[:, columns.start // 2 : columns.stop // 2].contiguous().view(-1)
+            blocks = slice(columns.start // blocksize, columns.stop // blocksize)
+            scales = absmax[:, blocks].contiguous().view(-1)  # bitsandbytes does not look at strides
             yield columns, self._unpack(part, scales, dtype).view(rows, -1)
 
     def _tile_rows(self, dtype: torch.dtype) -> Iterator[slice]:

@@ -57,8 +57,8 @@ class _Norm(torch.autograd.Function):
         inverse_T1 = x.new_empty(len(x_TH), 1, dtype=torch.float32)
         for rows in blocks(x_TH):
             wide = x_TH[rows].float()
-            inverse_T1[rows] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-            torch.mul(weight, (wide * inverse_T1[rows]).to(x.dtype), out=y_TH[rows])
+            inverse = inverse_T1[rows] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+            torch.mul(weight, (wide * inverse).to(x.dtype), out=y_TH[rows])
         ctx.save_for_backward(x, inverse_T1, weight)
         return y  # not a view, which nobody might change in place
 
@@ -69,16 +69,17 @@ class _Norm(torch.autograd.Function):
         needs_x, needs_weight, _ = ctx.needs_input_grad
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
         x_TH, g_TH, dx_TH = _matrix(x), _matrix(g), None if dx is None else _matrix(dx)
-        dweight_H = torch.zeros_like(weight, dtype=torch.float32)
+        dweight_H = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        weight_H = weight.float()
         for rows in blocks(x_TH):
             normed = x_TH[rows] * inverse_T1[rows]
-            if needs_weight:
+            if dweight_H is not None:
                 dweight_H += (g_TH[rows] * normed).sum(0)
             if dx_TH is not None:
-                pull = g_TH[rows] * weight.float()
+                pull = g_TH[rows] * weight_H
                 along = (pull * normed).mean(-1, keepdim=True)
                 dx_TH[rows] = pull.addcmul_(normed, along, value=-1).mul_(inverse_T1[rows])
-        return dx, dweight_H.to(weight.dtype) if needs_weight else None, None
+        return dx, None if dweight_H is None else dweight_H.to(weight.dtype), None
 
 
 def _matrix(tensor: Tensor) -> Tensor:

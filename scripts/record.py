@@ -40,8 +40,8 @@ def device_name(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    tiles = " and AMX" if any(line.startswith("flags") and " amx_bf16 " in f"{line} " for line in lines) else ""
-    return f"{cpu}, CPU with {torch.backends.cpu.get_cpu_capability()}{tiles}"
+    amx = " and AMX" if any(line.startswith("flags") and " amx_bf16 " in f"{line} " for line in lines) else ""
+    return f"{cpu}, CPU with {torch.backends.cpu.get_cpu_capability()}{amx}"
 
 
 def synchronize(device: torch.device) -> None:

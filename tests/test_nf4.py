@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -151,6 +153,7 @@ def test_tiles_take_turns_and_no_more_room_than_they_must(shape: tuple[int, int]
         assert all(tile.start % unit == 0 for tile in rows)
         assert max(tile.stop - tile.start for tile in rows) <= max(units, 1) * unit
         assert [tile.start for tile in rows] == [0, *(tile.stop for tile in rows[:-1])]
+        assert (len(rows), rows[-1].stop) == (math.ceil(shape[0] / (max(units, 1) * unit)), shape[0])
     if shape[1] % 64:
         return
     (columns, _), *others = weight.column_tiles(torch.float32)  # in the usual workspace
@@ -160,6 +163,8 @@ def test_tiles_take_turns_and_no_more_room_than_they_must(shape: tuple[int, int]
             columns, tiles = zip(*weight.column_tiles(torch.float32, scale), strict=True)
         assert all(tile.shape == (shape[0], each.stop - each.start) for each, tile in zip(columns, tiles, strict=True))
         assert max(tile.shape[1] for tile in tiles) <= max(units, 1) * 64
+        assert [each.start for each in columns] == [0, *(each.stop for each in columns[:-1])]
+        assert (len(columns), columns[-1].stop) == (math.ceil(shape[1] / (max(units, 1) * 64)), shape[1])
         assert torch.allclose(torch.cat(tiles, dim=1), whole * scale[:, None], rtol=1e-6, atol=0)
 
 
