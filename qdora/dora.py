@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.base import BaseWeight, KeepsDtype
+from qdora.origin import origin_of
 from qdora.product import Operands, RowScale, adapted_product, frozen_product
 
 __all__ = ["DoRALinear", "FrozenLinear", "RowScale", "count_step", "merge_rows"]
@@ -154,7 +155,7 @@ class DoRALinear(nn.Module):
             z_TI = self.dropout(x_TI) if self.training and self.dropout.p > 0 else None
             row_scale = self.row_scale(x.dtype)
             operands = Operands(self.base, self.lora_A, self.lora_B, self.scaling, row_scale, self.hold_output)
-            y_TO = adapted_product(x_TI, z_TI, self.magnitude_offset, operands)
+            y_TO = adapted_product(x_TI, z_TI, self.magnitude_offset, operands, origin_of(x))
         else:
             y_TO = frozen_product(x_TI, self.base)
         return _with_bias(y_TO, self.bias).view(*x.shape[:-1], self.out_features)

@@ -2,7 +2,8 @@
 
 Two autograd nodes rather than one, cut where memory and time are:
 
-    _Inputs      h = z·Aᵀ                         keeps z and h, for dA and dB; then makes dx = g·Ŵ + dh·A
+    _Inputs      h = z·Aᵀ                         keeps z (or what it was made of, see `origin`) and h, for dA and dB;
+                                                  then makes dx = g·Ŵ + dh·A
     _Product     y = x·Ŵᵀ + h·(s·c⊙B)ᵀ            keeps y, for dm = Σₜ g⊙y / (c·‖V‖); makes dh. Ŵ = c ⊙ W comes out of
                                                   the base weight tile by tile
 
@@ -36,6 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from qdora.base import BaseWeight
 from qdora.errors import ConfigError
+from qdora.origin import Origin, check_unchanged
 
 __all__ = ["RowScale", "adapted_product", "column_dots", "frozen_product"]
 
@@ -78,14 +80,17 @@ class Operands(NamedTuple):
         return torch.mul(self.B_OR, self.low_rank_scale, out=torch.empty_like(self.B_OR, dtype=dtype))
 
 
-def adapted_product(x_TI: Tensor, z_TI: Tensor | None, offset_O: Tensor | None, operands: Operands) -> Tensor:
+def adapted_product(
+    x_TI: Tensor, z_TI: Tensor | None, offset_O: Tensor | None, operands: Operands, origin: Origin | None = None
+) -> Tensor:
     """y, (T, O) in x's dtype, with gradients for x, z, A, B and the magnitude's offset.
 
     Args:
         z_TI: x thinned out by dropout; None if it is x itself, so that one gradient is made and none added.
         offset_O: of the magnitude; None for LoRA.
+        origin: of x, which is kept instead of it.
     """
-    h_TR, carrier_TO = _Inputs.apply(x_TI, z_TI, operands.A_RI, operands.B_OR, operands)
+    h_TR, carrier_TO = _Inputs.apply(x_TI, z_TI, operands.A_RI, operands.B_OR, operands, origin)
     return _Product.apply(x_TI.detach(), h_TR, carrier_TO, offset_O, operands)
 
 
@@ -99,13 +104,22 @@ class _Inputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TI: Tensor, z_TI: Tensor | None, A_RI: Tensor, B_OR: Tensor, operands: Operands
+        ctx: Any,
+        x_TI: Tensor,
+        z_TI: Tensor | None,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        operands: Operands,
+        origin: Origin | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.thinned = z_TI is not None
         z_TI = x_TI if z_TI is None else z_TI
+        kept = [z_TI]
+        if origin is not None and not ctx.thinned:
+            *kept, ctx.values_version = origin
         h_TR = z_TI @ A_RI.t().to(z_TI.dtype)
-        _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        ctx.save_for_backward(z_TI if needs_A else None, h_TR if needs_B else None)
+        _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(h_TR if needs_B else None, *(kept if needs_A else ()))
         ctx.operands, ctx.versions = operands, (A_RI._version, B_OR._version)
         return h_TR, h_TR.new_empty(()).expand(h_TR.shape[0], B_OR.shape[0])
 
@@ -125,18 +139,29 @@ class _Inputs(torch.autograd.Function):
             dz_TI = dh_TR @ operands.A_RI.to(dh_TR.dtype) if needs_z else None
         elif dx_TI is not None:
             dx_TI.addmm_(dh_TR, operands.A_RI.to(dh_TR.dtype))
-        return dx_TI, dz_TI, dA_RI, dB_OR, None
+        return dx_TI, dz_TI, dA_RI, dB_OR, None, None
 
 
 def _direction_gradients(ctx: Any, dh_TR: Tensor, g_TO: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """dA = dhᵀ·z and dB = s·c ⊙ gᵀ·h, of those that train."""
-    z_TI, h_TR = ctx.saved_tensors
+    h_TR, *kept = ctx.saved_tensors
     operands: Operands = ctx.operands
-    dA_RI = None if z_TI is None else (dh_TR.t() @ z_TI).to(operands.A_RI.dtype)
+    if len(kept) > 1:
+        check_unchanged(kept[0], ctx.values_version)
+    dA_RI = _times_input(dh_TR, *kept).to(operands.A_RI.dtype) if kept else None
     dB_OR = None
     if h_TR is not None:
         dB_OR = (g_TO.t() @ h_TR).mul_(operands.low_rank_scale).to(operands.B_OR.dtype)
     return dA_RI, dB_OR
+
+
+def _times_input(
+    dh_TR: Tensor, values_TI: Tensor, row_T1: Tensor | None = None, column_I: Tensor | None = None
+) -> Tensor:
+    """dhᵀ·z, (R, I), of z itself or of what it was made of."""
+    if row_T1 is None or column_I is None:
+        return dh_TR.t() @ values_TI
+    return ((dh_TR * row_T1).to(dh_TR.dtype).t() @ values_TI).mul_(column_I)
 
 
 class _Product(torch.autograd.Function):

@@ -44,7 +44,7 @@ LAYERS = [
         "tables",
         "templates",
     },
-    {"base", "flags", "groups", "nearest", "nf4format", "signals", "trial", "workspace"},
+    {"base", "flags", "groups", "nearest", "nf4format", "origin", "signals", "trial", "workspace"},
     {"arithmetic", "config", "distributed", "lock"},
     {"patterns"},
     {"errors"},
