@@ -62,7 +62,7 @@ Mark = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Workload:
-    """A model's shape and a batch."""
+    """A model's shape and what goes through it in an optimizer step."""
 
     hidden: int
     intermediate: int
@@ -73,9 +73,11 @@ class Workload:
     batch: int
     length: int
     tied: bool = False
+    micro_batches: int = 1
 
     @property
     def tokens(self) -> int:
+        """Of one micro-batch."""
         return self.batch * self.length
 
     def config(self) -> LlamaConfig:
@@ -101,9 +103,13 @@ class Workload:
 # the whole model.
 WORKLOADS = {
     "tiny, 64 tokens": Workload(128, 256, 2, 4, 2, 512, 1, 64),
+    "tiny, 2 micro-batches of 32 tokens": Workload(128, 256, 2, 4, 2, 512, 1, 32, micro_batches=2),
     "SmolLM2-135M, 512 tokens": Workload(576, 1536, 30, 9, 3, 49152, 1, 512, tied=True),
     "SmolLM2-135M, 2048 tokens": Workload(576, 1536, 30, 9, 3, 49152, 1, 2048, tied=True),
     "7B-shaped, 2 layers, 1024 tokens": Workload(4096, 11008, 2, 32, 32, 2048, 1, 1024),
+    "7B-shaped, 2 layers, 4 micro-batches of 1024 tokens": Workload(
+        4096, 11008, 2, 32, 32, 2048, 1, 1024, micro_batches=4
+    ),
     "8B-shaped, 2 layers, 1024 tokens": Workload(4096, 14336, 2, 32, 8, 8192, 1, 1024),
     "8B-shaped, 2 layers, 2048 tokens": Workload(4096, 14336, 2, 32, 8, 8192, 1, 2048),
     "7B, 32 layers, 2048 tokens": Workload(4096, 11008, 32, 32, 32, 32000, 1, 2048),
@@ -167,7 +173,8 @@ def prepare(
     engine, _, use_dora = METHODS[method]
     dtype = arithmetic(device)
     torch.manual_seed(0)
-    ids = torch.randint(0, workload.vocabulary, (workload.batch, workload.length), device=device)
+    shape = (workload.micro_batches, workload.batch, workload.length)
+    ids = torch.randint(0, workload.vocabulary, shape, device=device)
     if engine == "floor":
         return lambda: _floor(workload, device)
     if engine == "operations":
@@ -210,25 +217,32 @@ def _with_peft(model: Any, rank: int, use_dora: bool, target_modules: str = "all
 
 
 def training_step(adapted: nn.Module, model: Any, ids: Tensor, mark: Mark = unmarked) -> Step:
-    """Forward, chunked loss, backward under checkpointing, AdamW; what trains must be in `adapted`."""
+    """Forward, chunked loss and backward under checkpointing of each micro-batch, AdamW; what trains is in `adapted`.
+
+    Args:
+        ids: (micro-batches, batch, length).
+    """
     adapted.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4, fused=True)
     head, backbone = model.get_output_embeddings(), model.base_model
 
     def step() -> float:
-        mark("forward")
-        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
-        mark("loss")
-        loss = answer_loss(hidden, head.weight, ids) / ids.numel()
-        del hidden
-        mark("backward")
-        loss.backward()
+        losses = []
+        for rows in ids:
+            mark("forward")
+            hidden = backbone(input_ids=rows, use_cache=False).last_hidden_state
+            mark("loss")
+            loss = answer_loss(hidden, head.weight, rows) / ids.numel()
+            del hidden
+            mark("backward")
+            loss.backward()
+            losses.append(loss.detach())
         mark("optimizer")
         optimizer.step()
         optimizer.zero_grad()
         mark("")
-        return loss.item()
+        return float(sum(losses))
 
     return step
 
@@ -240,7 +254,7 @@ def _floor(workload: Workload, device: torch.device) -> Step:
     inputs = {n: some(workload.tokens, n, device=device) for _, shape in products for n in shape}
 
     def step() -> float:
-        for transposed, (rows, columns) in products:
+        for transposed, (rows, columns) in products * workload.micro_batches:
             weight = weights[rows, columns]
             torch.mm(inputs[rows], weight) if transposed else torch.mm(inputs[columns], weight.t())
         return 0.0
@@ -288,17 +302,21 @@ def _operations(workload: Workload, rank: int, device: torch.device) -> Step:
     head = some(workload.vocabulary, workload.hidden, device=device)
     logits = some(workload.tokens, workload.vocabulary, device=device)
 
-    def step() -> float:
-        for layer in layers:
-            for linear in layer:
-                linear.norm()
-                linear.forward(inputs[linear.weight.in_features])
+    def micro_batch() -> None:
+        for linear in (linear for layer in layers for linear in layer):
+            linear.forward(inputs[linear.weight.in_features])
         inputs[workload.hidden] @ head.t(), logits @ head
         for layer in reversed(layers):
             kept = [linear.forward(inputs[linear.weight.in_features]) for linear in layer[:-1]]
             kept.append((inputs[workload.hidden], layer[-1].low_rank(inputs[workload.intermediate])))
             for linear, (y, h) in zip(reversed(layer), reversed(kept), strict=True):
                 linear.backward(inputs[linear.weight.in_features], h, y, inputs[linear.weight.out_features])
+
+    def step() -> float:
+        for linear in (linear for layer in layers for linear in layer):
+            linear.norm()
+        for _ in range(workload.micro_batches):
+            micro_batch()
         return 0.0
 
     return step
@@ -321,4 +339,6 @@ def _needs_dx(layer: int, name: str) -> bool:
 
 def floor_flops(workload: Workload) -> float:
     """Floating-point operations of the floor."""
-    return sum(2.0 * workload.tokens * rows * columns for _, (rows, columns) in _products(workload))
+    return workload.micro_batches * sum(
+        2.0 * workload.tokens * rows * columns for _, (rows, columns) in _products(workload)
+    )

@@ -36,7 +36,7 @@ class Clock:
         synchronize(self.device)
         now = time.perf_counter()
         if self._phase:
-            self.seconds[self._phase] = now - self._began
+            self.seconds[self._phase] += now - self._began
         self._phase, self._began = phase, now
 
 
@@ -71,6 +71,7 @@ def take_turns(arguments: argparse.Namespace, models: Path) -> dict[str, dict[st
     turns: dict[str, dict[str, list[float]]] = {method: {phase: [] for phase in PHASES} for method in steps}
     for _ in range(arguments.rounds):
         for method, step in steps.items():
+            clock.seconds = dict.fromkeys(PHASES, 0.0)
             step()
             for phase, seconds in clock.seconds.items():
                 turns[method][phase].append(seconds)

@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     )
     if method == "FSDP2 offloading":
         offload(model, device)
-    ids = torch.randint(0, SHAPES[name].vocabulary, (SHAPES[name].batch, SHAPES[name].length), device=device)
+    ids = torch.randint(0, SHAPES[name].vocabulary, (1, SHAPES[name].batch, SHAPES[name].length), device=device)
     if arguments.measure == "memory":
         return memory(model, ids, device, method)
     step = training_step(model, model, ids)
