@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qdora.origin import check_unchanged, note_origin
+from qdora.origin import check_unchanged, note_origin, version_of
 from qdora.trial import same_bits, takes_one_input, with_parts
 from qdora.workspace import blocks
 
@@ -44,8 +44,7 @@ class RMSNorm(nn.Module):
         return f"{len(self.weight)}, epsilon={self.variance_epsilon}"
 
     def forward(self, x: Tensor) -> Tensor:
-        y, inverse_T1 = _Norm.apply(x, self.weight, self.variance_epsilon)
-        note_origin(y, x, inverse_T1, self.weight)
+        y: Tensor = _Norm.apply(x, self.weight, self.variance_epsilon)
         return y
 
 
@@ -53,8 +52,8 @@ class _Norm(torch.autograd.Function):
     """See the top of this file."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        y = torch.empty_like(x, dtype=torch.result_type(weight, x), memory_format=torch.contiguous_format)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        y = torch.empty_like(x, dtype=torch.promote_types(weight.dtype, x.dtype), memory_format=torch.contiguous_format)
         x_TH, y_TH = _matrix(x), _matrix(y)
         inverse_T1 = x.new_empty(len(x_TH), 1, dtype=torch.float32)
         for rows in blocks(x_TH):
@@ -62,13 +61,13 @@ class _Norm(torch.autograd.Function):
             inverse = inverse_T1[rows] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
             torch.mul(weight, (wide * inverse).to(x.dtype), out=y_TH[rows])
         ctx.save_for_backward(x, inverse_T1, weight)
-        ctx.version = x._version
-        ctx.mark_non_differentiable(inverse_T1)
-        return y, inverse_T1  # y is no view, which nobody might change in place
+        ctx.version = version_of(x)
+        note_origin(ctx, y, x, inverse_T1, weight)
+        return y  # not a view, which nobody might change in place
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, inverse_T1, weight = ctx.saved_tensors
         check_unchanged(x, ctx.version)
         needs_x, needs_weight, _ = ctx.needs_input_grad

@@ -96,6 +96,19 @@ def test_compiled_it_does_not_mind_the_number_of_rows() -> None:
     assert frames[1:] == [frames[1]] * 3
 
 
+def test_compiled_it_is_one_graph() -> None:
+    norm, x = ours(96), some(torch.float32, 5, 96).requires_grad_()
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    (expected,), (found,) = (torch.autograd.grad(each(x).square().sum(), x) for each in (norm, compiled))
+    torch.testing.assert_close(found, expected)
+
+
+def test_in_inference_mode_it_is_transformers_too() -> None:
+    with torch.inference_mode():
+        x = some(torch.float32, 5, 96)
+        assert torch.equal(ours(96)(x), theirs(96)(x))
+
+
 def test_a_weight_in_fp32_makes_the_output_so() -> None:
     x = some(torch.bfloat16, 5, 96)
     expected, found = theirs(96)(x), ours(96)(x)
