@@ -44,7 +44,8 @@ class RMSNorm(nn.Module):
         return f"{len(self.weight)}, epsilon={self.variance_epsilon}"
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Norm.apply(x, self.weight, self.variance_epsilon)
+        y, inverse_T1 = _Norm.apply(x, self.weight, self.variance_epsilon)
+        note_origin(y, x, inverse_T1, self.weight)
         return y
 
 
@@ -52,7 +53,7 @@ class _Norm(torch.autograd.Function):
     """See the top of this file."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         y = torch.empty_like(x, dtype=torch.promote_types(weight.dtype, x.dtype), memory_format=torch.contiguous_format)
         x_TH, y_TH = _matrix(x), _matrix(y)
         inverse_T1 = x.new_empty(len(x_TH), 1, dtype=torch.float32)
@@ -62,12 +63,12 @@ class _Norm(torch.autograd.Function):
             torch.mul(weight, (wide * inverse).to(x.dtype), out=y_TH[rows])
         ctx.save_for_backward(x, inverse_T1, weight)
         ctx.version = version_of(x)
-        note_origin(ctx, y, x, inverse_T1, weight)
-        return y  # not a view, which nobody might change in place
+        ctx.mark_non_differentiable(inverse_T1)
+        return y, inverse_T1  # y is no view, which nobody might change in place
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, inverse_T1, weight = ctx.saved_tensors
         check_unchanged(x, ctx.version)
         needs_x, needs_weight, _ = ctx.needs_input_grad

@@ -1,34 +1,39 @@
-"""What a tensor was made of, for who would keep it: two numbers a row and a column instead of a matrix.
+"""What a norm's output was made of, for whoever would keep it for a backward.
 
 The idea. For the gradient of A a linear keeps its input z, tokens × features. Mostly z is the output of the usual norm,
 z = w ⊙ x / √(mean(x²) + ε), and that norm keeps x already, for its own backward, and 1/√(…), a number a token. So
 
     dA = dhᵀ·z = w ⊙ ((dh / √(…))ᵀ·x)
 
-needs no z: two tensors of tokens × hidden size are spared of a decoder layer while it is in its backward, at the price
-of scaling tokens × rank and rank × features values. And it is nearer to the truth: z was rounded twice, x was not.
+needs no z. While a decoder layer is in its backward, two tensors of tokens × hidden size are not there, and what it
+costs is to scale tokens × rank and rank × features values.
 
-How it is known. The norm leaves a note on its node of autograd's graph, and a linear reads it there, if that node made
-the tensor that it gets. Whatever is done in between has a node of its own, or changes the tensor's version; what has no
-note is kept as ever. The note holds nothing large: a node lives as long as the graph, and a checkpoint keeps a node a
-layer whose x it means to forget.
+How it is known. The norm leaves a note about the tensor that it returns, and a linear looks whether there is one about
+the tensor that it gets. Whatever is done in between makes another tensor, or another version of it; what has no note is
+kept as ever. (As with the row scale in `dora`, a write through `.data` in between escapes.) A note lives as long as its
+tensor, and holds x as long: who keeps the last hidden states of a model keeps what its last norm was given, too.
 
-The constraint. x must still be what it was when the gradient is made. torch sees to that for what is kept, but not
-through a checkpoint, so versions are compared here.
+The constraints. A checkpoint's forward and its recompute must decide alike, so nothing is asked that may differ between
+them, such as whether somebody still holds x. If they differ all the same, because one of them is given another tensor,
+the checkpoint says so: z and what is kept in its place differ in shape. And x must still be what it was when the
+gradient is made. torch sees to that for what autograd keeps, but not through a checkpoint, so versions are compared.
 
 The rejected alternatives: one module for norm and linears, which every model lays out in its own way; computing z
-again, which costs time, and a buffer of its size.
+again, which costs time, and a buffer of its size; the note on z's node of autograd's graph, which a checkpoint keeps,
+and so a number a token for each norm of every layer (for norms of heads, a number a head); an attribute of z, which
+would be pickled with it.
 
 Shape suffixes: T tokens, I features.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-from weakref import ref
+from collections.abc import MutableMapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qdora.errors import ConfigError
 
@@ -48,48 +53,47 @@ class Origin(NamedTuple):
     """Of the values."""
 
 
-class _Note(NamedTuple):
-    """What is left on the node that made z."""
-
-    z_version: int
-    values: ref[Tensor]
-    row: Tensor
-    column: Tensor
-    version: int
+_notes: MutableMapping[Tensor, tuple[int, Origin]] = WeakTensorKeyDictionary()
+"""By z: its version and its origin."""
 
 
-def note_origin(ctx: Any, z: Tensor, values: Tensor, row: Tensor, column: Tensor) -> None:
-    """Leave a note on z's node: called in the forward of the function that makes it, (..., I), out of these.
+def note_origin(z: Tensor, values: Tensor, row: Tensor, column: Tensor) -> None:
+    """Note that z, (..., I), is made of these, if somebody may want to know.
 
     Not in fp16, in which a small gradient may vanish when it is scaled.
     """
     version = version_of(values)
-    if version is not None and z.dtype == values.dtype != torch.float16 and values.is_contiguous():
-        ctx.qdora_note = _Note(z._version, ref(values), row, column.detach(), version)
+    wanted = torch.is_grad_enabled() and z.dtype == values.dtype != torch.float16 and values.is_contiguous()
+    if wanted and version is not None:
+        # A copy of the column: FSDP2 takes a parameter's memory away where its own module does not need it.
+        parts = values.detach().view(-1, values.shape[-1]), row, column.detach().clone()
+        _notes[z] = z._version, Origin(*parts, version)
 
 
 def origin_of(z: Tensor) -> Origin | None:
-    """What was noted of it, if it still is what it was then, and its origin is still there."""
-    note: _Note | None = getattr(z.grad_fn, "qdora_note", None)
-    values = None if note is None or note.z_version != z._version else note.values()
-    if note is None or values is None:
-        return None
-    return Origin(values.detach().view(-1, values.shape[-1]), note.row, note.column, note.version)
+    """What was noted of it, if both still are what they were then."""
+    version, origin = _notes.get(z, (0, None))
+    unchanged = origin is not None and (version, origin.version) == (z._version, origin.values._version)
+    return origin if unchanged else None
 
 
 def version_of(values: Tensor) -> int | None:
-    """How often they were changed in place; None where torch does not count, nor make gradients that could be wrong."""
+    """How often they were changed in place; None under `torch.compile` and for inference tensors, where none counts."""
     return None if torch.compiler.is_compiling() or values.is_inference() else values._version
 
 
 def check_unchanged(values: Tensor, version: int | None) -> None:
-    """
+    """Of what a norm was given, at the time of its backward.
+
+    The recompute makes it by the same operations, hence with the same version; a copy that waited on the host begins
+    at 0. Where a hook brings it back in a buffer that it fills, there is nothing to be told by versions, and it is
+    refused.
+
     Raises:
-        ConfigError: the input of a norm is not what it was. (The recompute makes it by the same operations, hence with
-            the same version; a copy, such as one that waited on the host, begins at 0.)
+        ConfigError: it was changed in place.
     """
     if version is not None and values._version > version:
         raise ConfigError(
-            "the model changes the input of a norm in place, so that what was normed has no gradient; "
-            "such a model cannot be trained here"
+            "what a norm was given was changed in place before its gradient was made, by the model or by a hook on "
+            "saved tensors; leave that out"
         )

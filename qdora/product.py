@@ -29,6 +29,7 @@ Shape suffixes: T tokens, I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ def adapted_product(
     Args:
         z_TI: x thinned out by dropout; None if it is x itself, so that one gradient is made and none added.
         offset_O: of the magnitude; None for LoRA.
-        origin: of x, which is kept instead of it.
+        origin: of x, kept instead of it; not looked at with z_TI.
     """
     h_TR, carrier_TO = _Inputs.apply(x_TI, z_TI, operands.A_RI, operands.B_OR, operands, origin)
     return _Product.apply(x_TI.detach(), h_TR, carrier_TO, offset_O, operands)
@@ -114,9 +115,10 @@ class _Inputs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.thinned = z_TI is not None
         z_TI = x_TI if z_TI is None else z_TI
-        kept = [z_TI]
+        kept: tuple[Tensor, ...] = (z_TI,)
         if origin is not None and not ctx.thinned:
-            *kept, ctx.values_version = origin
+            # The small ones first, for which z cannot pass.
+            kept, ctx.values_version = (origin.row, origin.column, origin.values), origin.version
         h_TR = z_TI @ A_RI.t().to(z_TI.dtype)
         _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(h_TR if needs_B else None, *(kept if needs_A else ()))
@@ -146,21 +148,19 @@ def _direction_gradients(ctx: Any, dh_TR: Tensor, g_TO: Tensor) -> tuple[Tensor 
     """dA = dhᵀ·z and dB = s·c ⊙ gᵀ·h, of those that train."""
     h_TR, *kept = ctx.saved_tensors
     operands: Operands = ctx.operands
-    if len(kept) > 1:
-        check_unchanged(kept[0], ctx.values_version)
-    dA_RI = _times_input(dh_TR, *kept).to(operands.A_RI.dtype) if kept else None
+    dA_RI = _gradient_of_a(ctx, dh_TR, kept).to(operands.A_RI.dtype) if kept else None
     dB_OR = None
     if h_TR is not None:
         dB_OR = (g_TO.t() @ h_TR).mul_(operands.low_rank_scale).to(operands.B_OR.dtype)
     return dA_RI, dB_OR
 
 
-def _times_input(
-    dh_TR: Tensor, values_TI: Tensor, row_T1: Tensor | None = None, column_I: Tensor | None = None
-) -> Tensor:
-    """dhᵀ·z, (R, I), of z itself or of what it was made of."""
-    if row_T1 is None or column_I is None:
-        return dh_TR.t() @ values_TI
+def _gradient_of_a(ctx: Any, dh_TR: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """dhᵀ·z, (R, I), by z itself or by what it was made of."""
+    if len(kept) == 1:
+        return dh_TR.t() @ kept[0]
+    row_T1, column_I, values_TI = kept
+    check_unchanged(values_TI, ctx.values_version)
     return ((dh_TR * row_T1).to(dh_TR.dtype).t() @ values_TI).mul_(column_I)
 
 

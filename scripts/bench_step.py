@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=CPU_WORKLOADS, metavar="NAME")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--ranks", nargs="+", type=int, default=[16])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="0 measures memory alone")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a process, after one to warm up")
     parser.add_argument("--models", type=Path, help="where the random models are kept [a temporary directory]")
     parser.add_argument("--out", type=Path, help="a .json file; a .png is drawn beside it")
@@ -111,7 +111,7 @@ def compare(arguments: argparse.Namespace, workload: str, rank: int) -> dict[str
         for method in arguments.methods
         if METHODS[method][0] not in ("floor", "operations")
     }
-    medians = {method: statistics.median(times) for method, times in seconds.items()}
+    medians = {method: statistics.median(times) for method, times in seconds.items() if times}
     result = {
         "workload": workload,
         "rank": rank,
@@ -138,12 +138,13 @@ def report(result: dict[str, Any]) -> None:
     """The table: seconds, tokens per second, MB, and what qdora QDoRA costs as a share of each."""
     seconds, peaks = result["seconds"], result["peak_bytes_above_model"]
     print(f"  {'method':<21} {'s/step':>8} {'tokens/s':>9} {'MB':>7}   QDoRA ÷ it: time, memory")
-    for method, median in result["median_seconds"].items():
-        peak = peaks.get(method)
-        line = f"  {method:<21} {median:8.3f} {result['tokens'] / median:9.0f} "
+    for method, times in seconds.items():
+        peak, median = peaks.get(method), result["median_seconds"].get(method)
+        line = f"  {method:<21} "
+        line += f"{median:8.3f} {result['tokens'] / median:9.0f} " if median else f"{'':19}"
         line += f"{peak / 1e6:7.0f}" if peak else f"{'':7}"
         if OURS in seconds:
-            line += f"   {ratio(seconds[OURS], seconds[method]):.3f}"
+            line += f"   {ratio(seconds[OURS], times):.3f}" if times else f"   {'':5}"
             line += f", {peaks[OURS] / peak:.3f}" if peak else ""
         print(line)
 

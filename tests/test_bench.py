@@ -48,6 +48,13 @@ def test_bench_step(tmp_path: Path) -> None:
     assert (tmp_path / "step.png").stat().st_size > 0
 
 
+def test_memory_alone(tmp_path: Path) -> None:
+    flags = ["--workloads", "tiny, 64 tokens", "--methods", "qdora QDoRA", "matmul floor", "--rounds", "0"]
+    (result,) = run("bench_step.py", tmp_path / "step.json", *flags)["results"]
+    assert result["median_seconds"] == {}
+    assert list(result["peak_bytes_above_model"]) == ["qdora QDoRA"]
+
+
 def test_a_ratio_is_of_what_ran_in_one_round() -> None:
     assert ratio([1.0, 20.0, 3.0], [2.0, 40.0, 3.0]) == 0.5
 

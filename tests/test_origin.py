@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from qdora import ConfigError
 from qdora.dora import DoRALinear
@@ -41,7 +42,7 @@ def gradients(layer: DoRALinear, y: Tensor) -> dict[str, Tensor]:
 
 
 def forgetful(z: Tensor) -> Tensor:
-    """The same values, from another node."""
+    """The same values, another tensor."""
     return z.view_as(z)
 
 
@@ -130,19 +131,22 @@ def changed_behind_autograd() -> Tensor:
     return z
 
 
-def of_what_is_gone() -> Tensor:
-    """As in the forward of a checkpoint, which forgets what it is to keep."""
-    with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
-        return make_norm()(some() * 1)
-
-
-def of_what_wants_no_gradient() -> Tensor:
-    return make_norm()(some().detach())
+def of_values_that_changed() -> Tensor:
+    x = some() * 1
+    z = make_norm()(x)
+    x.detach().add_(1)
+    return z
 
 
 def in_inference_mode() -> Tensor:
     with torch.inference_mode():
         return make_norm()(some() * 1)
+
+
+def of_an_ordinary_tensor_in_inference_mode() -> Tensor:
+    x = some().detach()
+    with torch.inference_mode():
+        return make_norm()(x)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +160,8 @@ def in_inference_mode() -> Tensor:
         changed_in_place,
         changed_through_a_view,
         changed_behind_autograd,
-        of_what_is_gone,
-        of_what_wants_no_gradient,
+        of_values_that_changed,
+        of_an_ordinary_tensor_in_inference_mode,
         in_inference_mode,
     ],
 )
@@ -180,14 +184,46 @@ def test_a_norm_s_output_may_be_changed_after_the_product() -> None:
     torch.testing.assert_close(gradients(layer, y), gradients(layer, layer(norm(x))))
 
 
-def test_who_holds_a_norm_s_output_does_not_hold_its_input() -> None:
-    x = some() * 1
-    alive = weakref.ref(x)
-    z = make_norm()(x)
-    del x
-    z.sum().backward()
-    assert alive() is None
-    assert z.grad_fn is not None
+def test_a_note_lives_as_long_as_its_tensor() -> None:
+    z = make_norm()(some().detach())
+    origin = origin_of(z)
+    assert origin is not None
+    values = weakref.ref(origin.values)
+    del origin
+    assert values() is not None
+    del z
+    assert values() is None
+
+
+def last_in_a_block(
+    norm: RMSNorm, layer: DoRALinear, x: Tensor, change: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """A linear behind a norm, where the recompute ends."""
+    torch.manual_seed(5)
+    y = checkpoint(lambda x: layer(change(norm(x * 1))), x, use_reentrant=False)
+    return gradients(layer, y)
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_forward_and_recompute_decide_alike(use_dora: bool) -> None:
+    """What nobody holds, and wants no gradient, is dropped after the forward and lives on in the recompute."""
+    layer, norm, x = make_layer(use_dora=use_dora), make_norm(), some().detach()
+    norm.weight.requires_grad_(True)
+    layer.hold_output = use_dora
+    expected = gradients(layer, layer(forgetful(norm(x))))
+    torch.testing.assert_close(last_in_a_block(norm, layer, x, lambda z: z), expected)
+
+
+@pytest.mark.parametrize("forward_forgets", [True, False])
+def test_forward_and_recompute_that_differ_are_an_error(forward_forgets: bool) -> None:
+    calls = []
+
+    def change(z: Tensor) -> Tensor:
+        calls.append(1)
+        return forgetful(z) if (len(calls) == 1) == forward_forgets else z
+
+    with pytest.raises(CheckpointError):
+        last_in_a_block(make_norm(), make_layer(use_dora=False), some(), change)
 
 
 def test_a_checkpoint_keeps_no_origin() -> None:
@@ -207,7 +243,8 @@ def test_a_checkpoint_keeps_no_origin() -> None:
     assert torch.equal(recomputed, layer.lora_A.grad)
 
 
-def test_a_norm_s_input_that_is_changed_under_a_checkpoint_is_an_error() -> None:
+@pytest.mark.parametrize("wants_gradient", [True, False])
+def test_a_norm_s_input_that_is_changed_under_a_checkpoint_is_an_error(wants_gradient: bool) -> None:
     layer, norm = make_layer(), make_norm()
 
     def block(x: Tensor) -> Tensor:
@@ -216,9 +253,29 @@ def test_a_norm_s_input_that_is_changed_under_a_checkpoint_is_an_error() -> None
         inner.detach().add_(1)
         return y @ torch.ones(96, SIZE) + inner
 
-    y = checkpoint(block, some(), use_reentrant=False)
-    with pytest.raises(ConfigError, match="the model changes the input of a norm in place"):
+    y = checkpoint(block, some().requires_grad_(wants_gradient), use_reentrant=False)
+    with pytest.raises(ConfigError, match="what a norm was given was changed in place"):
         y.sum().backward()
+
+
+def test_a_checkpoint_keeps_no_more_than_without() -> None:
+    norm, layer = make_norm(), make_layer()
+    kept = []
+    for change in (lambda z: z, forgetful):
+        graph = [checkpoint(lambda x, change=change: layer(change(norm(x))), some(), use_reentrant=False)]
+        gc.collect()
+        kept.append(sum(each.nbytes for each in gc.get_objects() if type(each) is Tensor))
+        del graph
+    assert kept[0] == kept[1]
+
+
+def test_the_norm_s_weight_may_be_taken_away_before_the_backward() -> None:
+    """As FSDP2 does with a norm that is a unit of its own."""
+    layer, norm, x = make_layer(), make_norm(), some()
+    expected = gradients(layer, layer(norm(x)))
+    y = layer(norm(x))
+    norm.weight.data.zero_()
+    torch.testing.assert_close(gradients(layer, y), expected)
 
 
 def test_dropout_keeps_what_it_left() -> None:

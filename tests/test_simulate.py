@@ -122,6 +122,7 @@ def reckoned_and_real(path: Path, adapter: qdora.AdapterConfig, dtype: str = "bf
     def step() -> Tensor:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         loss = summed_nll(hidden[0, :-1], head.weight, ids[0, 1:])
+        del hidden
         loss.backward()
         return loss
 
