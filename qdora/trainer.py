@@ -87,6 +87,10 @@ class AdapterTrainer(SFTTrainer):
         if self.padding_free:
             check_rows_apart(self._scored, self.data_collator)
 
+    def _send_telemetry(self) -> None:
+        """Nothing. TRL's tells the Hub of each trainer, from a thread of its own; data workers that are forked while it
+        holds the connection's lock wait for that lock forever (huggingface_hub closes connections after a fork)."""
+
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         if self._sharding is None:
             super()._move_model_to_device(model, device)

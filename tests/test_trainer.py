@@ -138,3 +138,14 @@ def test_tensorboard_gets_the_figures(tiny_nf4: Path, pairs_file: Path, tmp_path
         found = {event.step: event.value for event in read.Scalars(tag)}
         assert found == pytest.approx(logged, rel=1e-5)
     assert {"train/learning_rate", "train/tokens_per_second", "train/memory_gb"} <= set(read.Tags()["scalars"])
+
+
+def test_nobody_is_told_of_a_run(
+    tiny_nf4: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    for variable in ("CI", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda **what: told.append(what))
+    quick(tiny_nf4, pairs_file, tmp_path, max_steps=1)
+    assert told == []
