@@ -80,6 +80,10 @@ class Workload:
         """Of one micro-batch."""
         return self.batch * self.length
 
+    @property
+    def tokens_a_step(self) -> int:
+        return self.micro_batches * self.tokens
+
     def config(self) -> LlamaConfig:
         return LlamaConfig(
             hidden_size=self.hidden,
@@ -299,11 +303,12 @@ def _operations(workload: Workload, rank: int, device: torch.device) -> Step:
         [_Operands(packed[o, i], rank, _needs_dx(layer, name), device) for name, o, i in workload.linears()]
         for layer in range(workload.layers)
     ]
+    linears = [linear for layer in layers for linear in layer]
     head = some(workload.vocabulary, workload.hidden, device=device)
     logits = some(workload.tokens, workload.vocabulary, device=device)
 
     def micro_batch() -> None:
-        for linear in (linear for layer in layers for linear in layer):
+        for linear in linears:
             linear.forward(inputs[linear.weight.in_features])
         inputs[workload.hidden] @ head.t(), logits @ head
         for layer in reversed(layers):
@@ -313,7 +318,7 @@ def _operations(workload: Workload, rank: int, device: torch.device) -> Step:
                 linear.backward(inputs[linear.weight.in_features], h, y, inputs[linear.weight.out_features])
 
     def step() -> float:
-        for linear in (linear for layer in layers for linear in layer):
+        for linear in linears:
             linear.norm()
         for _ in range(workload.micro_batches):
             micro_batch()
@@ -339,6 +344,4 @@ def _needs_dx(layer: int, name: str) -> bool:
 
 def floor_flops(workload: Workload) -> float:
     """Floating-point operations of the floor."""
-    return workload.micro_batches * sum(
-        2.0 * workload.tokens * rows * columns for _, (rows, columns) in _products(workload)
-    )
+    return sum(2.0 * workload.tokens_a_step * rows * columns for _, (rows, columns) in _products(workload))

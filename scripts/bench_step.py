@@ -115,7 +115,7 @@ def compare(arguments: argparse.Namespace, workload: str, rank: int) -> dict[str
     result = {
         "workload": workload,
         "rank": rank,
-        "tokens": WORKLOADS[workload].tokens * WORKLOADS[workload].micro_batches,
+        "tokens": WORKLOADS[workload].tokens_a_step,
         "floor_tflop": floor_flops(WORKLOADS[workload]) / 1e12,
         "seconds": seconds,
         "median_seconds": medians,
