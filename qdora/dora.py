@@ -205,9 +205,9 @@ class DoRALinear(nn.Module):
             parts = [tile_OI @ At_IR for _, tile_OI in self.base.tiles(dtype)]
             WAt_OR = parts[0] if len(parts) == 1 else torch.cat(parts)
             change_OR = torch.addmm(WAt_OR.float(), B_OR, A_RI @ A_RI.t(), beta=2 * s, alpha=s**2).mul_(B_OR)
-        return change_OR.sum(dim=1).addcmul_(self.base_norm(), self.base_norm()).clamp_(min=0).sqrt_()
+        base_norm_O = self.base_norm()
+        return change_OR.sum(dim=1).addcmul_(base_norm_O, base_norm_O).clamp_(min=0).sqrt_()
 
-    @torch.no_grad()
     def base_norm(self) -> Tensor:
         """‖W‖ of each row, (O,) fp32: the magnitude that a fresh adapter has."""
         return self._base_norm.value
