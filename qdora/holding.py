@@ -24,14 +24,11 @@ from torch import nn
 from qdora.dora import DoRALinear
 from qdora.errors import ConfigError, reason
 from qdora.inject import decoder_layers, hold_outputs
-from qdora.simulate import Batch, cut, simulate_step
-from qdora.workspace import Workspace
+from qdora.simulate import Batch, cut, rehearse_step
 
 __all__ = ["linears_to_hold"]
 
 _BATCH = Batch(rows=1, length=8, padded=False)
-# What is computed does not hang on the tiles; the fewer there are, the sooner it is known.
-_WHOLE = Workspace(tile_bytes=2**60)
 
 
 def linears_to_hold(model: nn.Module) -> tuple[str, ...]:
@@ -48,7 +45,7 @@ def linears_to_hold(model: nn.Module) -> tuple[str, ...]:
     hold_outputs(small, ())
     inside = _watched(small)
     try:
-        simulate_step(small, _BATCH, _WHOLE)
+        rehearse_step(small, _BATCH)
     except Exception as error:
         # a model's own code may fail in any way
         raise ConfigError(
@@ -60,7 +57,7 @@ def linears_to_hold(model: nn.Module) -> tuple[str, ...]:
         return ()
     hold_outputs(small, names)
     try:
-        simulate_step(small, _BATCH, _WHOLE)
+        rehearse_step(small, _BATCH)
     except ConfigError:
         return ()
     return names

@@ -21,9 +21,9 @@ from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import ConfigError, reason
 from qdora.holding import linears_to_hold
 from qdora.inject import adapted_linears, decoder_layers, freeze_dense, hold_outputs
-from qdora.optimizer import CompensatedAdamW
+from qdora.optimizer import CompensatedAdamW, buckets
 from qdora.plan import Need, Plan, Run
-from qdora.simulate import Segment, StepTrace, cut, head_is_plain, simulate_loss, simulate_step, simulate_update
+from qdora.simulate import Segment, StepTrace, cut, head_is_plain, simulate_loss, simulate_step, simulate_updates
 from qdora.stream import layer_bytes
 from qdora.whole import TrainedWhole
 
@@ -144,7 +144,7 @@ class MemoryModel:
         if self._update is None:
             trained = [p for p in self._model.parameters() if p.requires_grad]
             if self._run.optim is None:
-                self._update = simulate_update(CompensatedAdamW, trained)
+                self._update = simulate_updates(CompensatedAdamW, buckets(trained))
             else:
                 values = sum(p.numel() for p in trained)
                 state = int(values * _STATE_BYTES.get(self._run.optim, _FP32_ADAM_BYTES))

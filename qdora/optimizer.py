@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from qdora.distributed import local, spread_like, whole
 from qdora.errors import ConfigError
 
-__all__ = ["CompensatedAdamW"]
+__all__ = ["CompensatedAdamW", "buckets"]
 
 _BUCKET_VALUES = 2**21
 
@@ -76,7 +76,7 @@ class CompensatedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             moving = [p for p in group["params"] if p.grad is not None]
             group["steps"] += bool(moving)  # a step that was left out is none, to the moments' corrections either
-            for number, bucket in enumerate(_buckets(moving)):
+            for number, bucket in enumerate(buckets(moving)):
                 self._update(bucket, group, number)
         return loss
 
@@ -134,8 +134,8 @@ class CompensatedAdamW(torch.optim.Optimizer):
         return state
 
 
-def _buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one dtype and device, a few million values at a time: few kernels, little fp32 at once."""
+def buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """What is updated at once: parameters of one dtype and device, a few million values; few kernels, little fp32."""
     bucket: list[Tensor] = []
     for parameter in params:
         kind = (parameter.dtype, parameter.device)

@@ -14,7 +14,8 @@ What is not seen: memory that a kernel takes and gives back within one operation
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import compress
@@ -34,9 +35,20 @@ from qdora.dora import count_step
 from qdora.experts import RoutedExperts, most_uneven, uneven_for_all
 from qdora.inject import decoder_layers
 from qdora.loss import positions_at_once, summed_nll
-from qdora.workspace import Workspace, assume
+from qdora.workspace import WHOLE, Workspace, assume
 
-__all__ = ["Batch", "Segment", "StepTrace", "cut", "head_is_plain", "simulate_loss", "simulate_step", "simulate_update"]
+__all__ = [
+    "Batch",
+    "Segment",
+    "StepTrace",
+    "cut",
+    "head_is_plain",
+    "rehearse_step",
+    "simulate_loss",
+    "simulate_step",
+    "simulate_update",
+    "simulate_updates",
+]
 
 SIMULATED_LAYERS = 3
 _LOSS_CHUNKS = 4
@@ -101,21 +113,22 @@ def simulate_step(
         checkpointing: whether layers are recomputed; without, what a layer keeps is all that its backward needs.
         lean_loss: whether the loss is ours; otherwise the model's own, with all logits.
     """
-    model = deepcopy(model)
-    with FakeTensorMode(), assume(workspace):
-        _materialize(model)
-        if not batch.packed:
-            _leave_out_needless_masks(model)
-        ledger = _Ledger()
-        with ledger:
-            trained = [p for p in model.parameters() if p.requires_grad]
-            step = _Step(model, batch, ledger, checkpointing, lean_loss)
-            step.run()  # makes what stays for good
-            for parameter in trained:
-                parameter.grad = None
-            count_step()
-            step.run()
-            return step.trace(sum(p.nbytes for p in trained) // len(decoder_layers(model)))
+    with _over_fakes(model, batch, workspace, checkpointing, lean_loss) as step:
+        step.run()  # makes what stays for good
+        step.forget_gradients()
+        count_step()
+        step.run()
+        return step.trace()
+
+
+def rehearse_step(model: nn.Module, batch: Batch) -> None:
+    """Run forward, loss and backward once, under checkpointing, for what is seen on the way or goes wrong.
+
+    Args:
+        model: on the meta device, with adapters, and cut.
+    """
+    with _over_fakes(model, batch, WHOLE, checkpointing=True, lean_loss=True) as step:
+        step.run()
 
 
 def head_is_plain(model: nn.Module) -> bool:
@@ -130,7 +143,7 @@ def head_is_plain(model: nn.Module) -> bool:
     head, backbone = any_model.get_output_embeddings(), any_model.base_model
     if head is None or backbone is any_model:
         return False
-    with FakeTensorMode():
+    with FakeTensorMode(), assume(WHOLE):
         _materialize(any_model)
         any_model.eval()
         inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long), "use_cache": False}
@@ -197,6 +210,21 @@ def simulate_update(make: Callable[[list[Tensor]], torch.optim.Optimizer], shape
     return Segment(state, ledger.most)
 
 
+def simulate_updates(
+    make: Callable[[list[Tensor]], torch.optim.Optimizer], parts: Iterable[Sequence[Tensor]]
+) -> Segment:
+    """As `simulate_update`, of an optimizer that goes from part to part; those that are alike are run once."""
+    known: dict[tuple[Any, ...], Segment] = {}
+    state = workspace = 0
+    for part in parts:
+        kind = tuple((parameter.dtype, parameter.numel()) for parameter in part)
+        if kind not in known:
+            known[kind] = simulate_update(make, part)
+        state += known[kind].start
+        workspace = max(workspace, known[kind].peak - known[kind].start)
+    return Segment(state, state + workspace)
+
+
 class _Ledger(TorchDispatchMode):
     """Counts the bytes of storages that operations make, until they die."""
 
@@ -254,6 +282,7 @@ class _Step:
     def __init__(self, model: Any, batch: Batch, ledger: _Ledger, checkpointing: bool, lean_loss: bool) -> None:
         self._model, self._ledger = model, ledger
         self._checkpointing, self._lean_loss = checkpointing, lean_loss
+        self._trained = [p for p in model.parameters() if p.requires_grad]
         self._ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
         # Every token but the last of each row carries loss: no batch takes more.
         positions = batch.rows * (batch.length - 1)
@@ -299,9 +328,15 @@ class _Step:
         self._marks.append((self._ledger.held, self._ledger.most))
         self._ledger.restart()
 
-    def trace(self, gradient_bytes: int) -> StepTrace:
+    def forget_gradients(self) -> None:
+        """As an optimizer does between two steps."""
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def trace(self) -> StepTrace:
         """The marks of the last run, cut into segments."""
         n = len(decoder_layers(self._model))
+        gradient_bytes = sum(p.nbytes for p in self._trained) // n
         starts = [held - self._base for held, _ in self._marks]
         peaks = [most - self._base for _, most in self._marks[1:]]
         segments = [Segment(start, peak) for start, peak in zip(starts[:-1], peaks, strict=True)]
@@ -314,6 +349,21 @@ class _Step:
         if n > 1:
             kept = forward[-1].start - forward[-2].start
         return StepTrace((first, *forward[1:]), loss, tuple(reversed(down)), kept, gradient_bytes)
+
+
+@contextmanager
+def _over_fakes(
+    model: nn.Module, batch: Batch, workspace: Workspace, checkpointing: bool, lean_loss: bool
+) -> Iterator[_Step]:
+    """A step of a copy of the model; within, operations are over fake tensors, and counted."""
+    model = deepcopy(model)
+    with FakeTensorMode(), assume(workspace):
+        _materialize(model)
+        if not batch.packed:
+            _leave_out_needless_masks(model)
+        ledger = _Ledger()
+        with ledger:
+            yield _Step(model, batch, ledger, checkpointing, lean_loss)
 
 
 def _materialize(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ACCELERATOR", "CPU", "Workspace", "assume", "blocks", "workspace_of"]
+__all__ = ["ACCELERATOR", "CPU", "WHOLE", "Workspace", "assume", "blocks", "workspace_of"]
 
 _EVEN = 64
 """Where so many rows fit in a tile, it has a multiple of them."""
@@ -64,6 +64,8 @@ class Workspace:
 CPU = Workspace(tile_bytes=8 * 2**20, narrow=256, wide=1024, block_bytes=2 * 2**20)
 # Reckoned, not yet measured: 8 MiB are too few rows to keep all processors of a large GPU busy, and each launch costs.
 ACCELERATOR = Workspace(tile_bytes=64 * 2**20)
+# For questions whose answer does not hang on the tiles: the fewer there are, the sooner it is known.
+WHOLE = Workspace(tile_bytes=2**60)
 
 _assumed: Workspace | None = None
 

@@ -14,8 +14,17 @@ import qdora
 from qdora.architecture import hollow_model
 from qdora.inject import decoder_layers
 from qdora.loss import summed_nll
-from qdora.optimizer import CompensatedAdamW
-from qdora.simulate import Batch, cut, head_is_plain, simulate_loss, simulate_step, simulate_update
+from qdora.optimizer import CompensatedAdamW, buckets
+from qdora.simulate import (
+    Batch,
+    cut,
+    head_is_plain,
+    rehearse_step,
+    simulate_loss,
+    simulate_step,
+    simulate_update,
+    simulate_updates,
+)
 from qdora.workspace import CPU
 from tests.conftest import make_model
 from tests.families import make_family
@@ -53,6 +62,16 @@ def test_the_update_keeps_six_bytes_a_value() -> None:
     assert segment.peak - segment.start == pytest.approx(above, rel=0.05)
 
 
+def test_an_update_in_parts_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdora.optimizer._BUCKET_VALUES", 1000)
+    sizes = [600, 300, 900, 100] * 5 + [1700, 50]
+    shapes = [torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes]
+    shapes += [torch.empty(700, device="meta")]
+    parts = list(buckets(shapes))
+    assert len(parts) == 13
+    assert simulate_updates(CompensatedAdamW, parts) == simulate_update(CompensatedAdamW, shapes)
+
+
 def deep(tmp_path: Path, layers: int, **changes: int) -> Any:
     return hollow_model(make_model(tmp_path / str(layers), num_hidden_layers=layers, **changes), ADAPTER)
 
@@ -80,6 +99,15 @@ def test_a_step(layers: int, padded: bool, tmp_path: Path) -> None:
         assert trace.kept_bytes == pytest.approx(2 * 128 * 64 * 2, rel=0.02)  # the layer's input, in bf16
     assert trace.gradient_bytes == sum(p.nbytes for p in model.parameters() if p.requires_grad) // layers
     assert all(segment.peak > segment.start >= 0 for segment in (*trace.forward, *trace.backward))
+
+
+def test_a_rehearsal_is_one_step(tmp_path: Path) -> None:
+    model, calls = deep(tmp_path, 2), []
+    for number, layer in enumerate(decoder_layers(model)):
+        layer.input_layernorm.register_forward_hook(lambda *_, number=number: calls.append(number))
+    rehearse_step(model, Batch(1, 8, False))
+    assert calls == [0, 1, 1, 0], "forward, and recompute in the backward"
+    assert not any(p.grad is not None for p in model.parameters())
 
 
 def test_a_layer_that_is_not_recomputed_keeps_more(tmp_path: Path) -> None:
