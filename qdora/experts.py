@@ -40,7 +40,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from qdora.base import BaseWeight
 from qdora.dense import DenseWeight
 from qdora.dora import FrozenLinear
-from qdora.gated import activation_of, gated, joins_as
+from qdora.gated import activation_of, gated, joins_as, makes_a_gradient_of_its_own
 
 __all__ = [
     "STACKS",
@@ -123,21 +123,23 @@ class RoutedExperts(nn.Module):
 
     def _expert(self, number: int, x_NH: Tensor) -> Tensor:
         gate, up, down = (self.get_submodule(f"{number}.{name}") for name in self.names)
-        y_NH: Tensor = down(self._join(gate(x_NH), up(x_NH)))
+        y_NH: Tensor = down(self._join(gate(x_NH), up(x_NH), consumes_gradient=makes_a_gradient_of_its_own(down)))
         return y_NH
 
 
-def _joined(original: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def _joined(original: Any) -> Callable[..., Tensor]:
     """How stacked experts join gate and up."""
     # A method, which keeps its module out of ours: transformers would look for the stacks to initialize them.
     theirs = partial(_join_stacked, original._apply_gate)
     activation = activation_of(getattr(original, "act_fn", None))
     if activation is None or not joins_as(theirs, activation):
         return theirs
-    return partial(gated, activation=activation, consumes_gradient=True)
+    return partial(gated, activation=activation)
 
 
-def _join_stacked(join: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+def _join_stacked(
+    join: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, consumes_gradient: bool = False
+) -> Tensor:
     return join(torch.cat([gate, up], dim=-1))
 
 

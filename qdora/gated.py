@@ -8,7 +8,8 @@ what DoRA keeps for the gradient of the magnitude anyway; act(gate(x)) is comput
 the gradient of up(x); and the gradient that comes in becomes the one of gate(x), in place.
 
 That one may be overwritten because the projection down made it, for this and nobody else: ours does, so it is done
-behind ours only. (Who keeps gradients that hooks saw between the two, must copy them.)
+behind ours only, and not if a hook may put something between the two. (Who keeps gradients that hooks saw there, must
+copy them.)
 
 The constraint. Not a bit may change: the operations are those of transformers, in its order and dtype, forward and
 backward. A module is taken for such an MLP by what it is made of (three linears, an activation, no more) and by what it
@@ -33,7 +34,7 @@ from torch.nn import functional
 from qdora.dora import DoRALinear, FrozenLinear
 from qdora.trial import same_bits, takes_one_input, with_parts
 
-__all__ = ["GatedMLP", "activation_of", "gated", "joins_as", "replace_mlps"]
+__all__ = ["GatedMLP", "activation_of", "gated", "joins_as", "makes_a_gradient_of_its_own", "replace_mlps"]
 
 _LINEARS = ("gate_proj", "up_proj", "down_proj")
 _PARTS = {*_LINEARS, "act_fn"}
@@ -68,9 +69,13 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (getattr(self, name) for name in _LINEARS)
-        made_for_us = isinstance(down, DoRALinear | FrozenLinear)
-        y: Tensor = down(gated(gate(x), up(x), self._activation, made_for_us))
+        y: Tensor = down(gated(gate(x), up(x), self._activation, makes_a_gradient_of_its_own(down)))
         return y
+
+
+def makes_a_gradient_of_its_own(linear: nn.Module) -> bool:
+    """Whether the gradient of what it is called with is nobody else's."""
+    return isinstance(linear, DoRALinear | FrozenLinear) and not linear._forward_pre_hooks
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, consumes_gradient: bool) -> Tensor:

@@ -122,7 +122,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def freeze_dense(module: nn.Module) -> None:
     """Replace each plain linear within by a `FrozenLinear` over the same memory, in place."""
     for path, linear in list(module.named_modules()):
-        if isinstance(linear, nn.Linear | Conv1D) and not is_packed_linear(linear):
+        if isinstance(linear, Conv1D) or (_computes_as_linear(linear) and not is_packed_linear(linear)):
             module.set_submodule(path, FrozenLinear(*_base_of(linear)))
 
 

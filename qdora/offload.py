@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qdora.errors import ConfigError
 from qdora.inject import decoder_layers
+from qdora.origin import version_of
 
 __all__ = ["HostEmbedding", "HostInputs", "keep_embedding_on_host"]
 
@@ -73,7 +74,13 @@ class HostInputs:
             layer._gradient_checkpointing_func = self  # type: ignore[assignment]
 
     def __call__(self, layer: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
-        """What `torch.utils.checkpoint.checkpoint` does, for a layer whose first argument is its input."""
+        """What `torch.utils.checkpoint.checkpoint` does, for a layer whose first argument is its input.
+
+        Raises:
+            ConfigError: the layer changes its input in place. A copy of it begins to count its changes anew, so that
+                nobody behind the host could tell.
+        """
+        version = version_of(hidden)
         # Not `hidden` itself: autograd keeps this function for as long as what it packed.
         storage, shape = hidden.untyped_storage()._cdata, hidden.shape
 
@@ -82,7 +89,10 @@ class HostInputs:
             return self._park(tensor) if is_input else tensor
 
         with saved_tensors_hooks(pack, self._unpack):
-            return checkpoint(layer, hidden, *others, use_reentrant=False)
+            result = checkpoint(layer, hidden, *others, use_reentrant=False)
+        if version_of(hidden) != version:
+            raise ConfigError("a decoder layer changes its input in place; leave activation_offloading out")
+        return result
 
     def _park(self, tensor: Tensor) -> _Parked:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None)

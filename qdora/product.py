@@ -179,7 +179,7 @@ class _Product(torch.autograd.Function):
         y_TO = operands.base.linear(x_TI, operands.scale)
         y_TO.addmm_(h_TR, operands.scaled_low_rank(h_TR.dtype).t())
         ctx.operands = operands
-        if offset_O is not None and ctx.needs_input_grad[3]:
+        if offset_O is not None and ctx.needs_input_grad[3] and not y_TO.is_inference():
             ctx.version, ctx.dtype = y_TO._version, offset_O.dtype
             ctx.held = y_TO.detach() if operands.hold_output else None
             ctx.save_for_backward(None if operands.hold_output else y_TO)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from qdora.base import BaseWeight
 from qdora.dora import FrozenLinear
+from qdora.errors import ConfigError
 from qdora.inject import decoder_layers, freeze_dense
 
 __all__ = ["LayerStream", "StreamedWeight", "layer_bytes", "stream_base"]
@@ -106,6 +107,7 @@ class LayerStream:
         if index == self._current:
             return
         if not self._holds(index):
+            self._current = None  # whose slot this may be
             self._fetch(index)
         self._copier.wait_for(index % len(self.slots))
         # At the first layer too: a pass may begin there after one that ended at the last, with no backward between.
@@ -120,12 +122,15 @@ class LayerStream:
 
     def _fetch(self, index: int) -> None:
         number = index % len(self.slots)
-        self._held[number] = index
+        self._held[number] = None  # until it is whole: an interrupt may leave it half filled
         self._copier.copy(self._copies[index], number)
+        self._held[number] = index
 
 
 class StreamedWeight(nn.Module):
     """A base weight whose layer is fetched before each use.
+
+    Its state is the layer's own, copied to the host. It can be neither loaded nor copied.
 
     Args:
         weight: its tensors are windows on a slot of the stream.
@@ -135,6 +140,18 @@ class StreamedWeight(nn.Module):
         super().__init__()
         self.weight, self.stream, self.layer = weight, stream, layer
         self.out_features, self.in_features = weight.out_features, weight.in_features
+        self.register_state_dict_post_hook(_copy_what_the_slot_holds)
+        self.register_load_state_dict_pre_hook(_refuse_to_load)
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """
+        Raises:
+            ConfigError: always. The copy's weights would be windows on nothing.
+        """
+        raise ConfigError(
+            "a model whose base is streamed cannot be copied; a reference that shares its base is "
+            "qdora.reference_model(model)"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +163,7 @@ class StreamedWeight(nn.Module):
         return self.weight
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """To be walked at once, before another layer is used."""
         return self.fetched().tiles(dtype)
 
     def linear(self, x_TI: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
@@ -162,6 +180,18 @@ class StreamedWeight(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         return self  # moved or cast, the windows would be windows no longer
+
+
+def _copy_what_the_slot_holds(module: StreamedWeight, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put copies in the place of windows, which show another layer later."""
+    module.fetched()
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[key] = state[key].to("cpu", copy=True)
+
+
+def _refuse_to_load(module: StreamedWeight, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if any(key.startswith(prefix) for key in state):
+        raise ConfigError("weights cannot be loaded into a base that is streamed; load the model from its directory")
 
 
 class _Copier:

@@ -204,6 +204,26 @@ def test_adapters_of_an_expert_without_tokens_have_gradients_of_zero() -> None:
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)
 
 
+def test_a_gradient_that_a_hook_shares_is_left_alone() -> None:
+    holder = routed("nf4", torch.float32)
+    adapted(holder, torch.float32, use_dora=True)
+    chosen, weights = routing()
+    first: Any = holder.experts.get_submodule("0")
+    down = first[holder.experts.names[2]]
+    added = torch.zeros(down.in_features, requires_grad=True)
+    gradients: list[Tensor] = []
+
+    def add(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        more = added.expand_as(inputs[0]) + 0
+        more.register_hook(gradients.append)
+        return (inputs[0] + more,)
+
+    down.register_forward_pre_hook(add)
+    holder.experts(torch.randn(TOKENS, HIDDEN), chosen, weights).sum().backward()
+    (gradient,) = gradients
+    assert torch.equal(added.grad, gradient.sum(0))
+
+
 def test_what_is_taken_for_experts() -> None:
     holder = nn.Module()
     small = {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 2}

@@ -133,6 +133,17 @@ def test_it_computes_the_same_bits_under_checkpointing(reentrant: bool) -> None:
     assert all(torch.equal(*pair) for pair in zip(expected, all_gradients(Checkpointed(), x), strict=True))
 
 
+def test_a_gradient_that_a_hook_shares_is_left_alone() -> None:
+    """Something added before the projection down has the same gradient as what it is added to: the same tensor."""
+    mlp, x = replaced(adapted()), some(torch.float32, 5, 64)
+    start = torch.zeros(5, 192, requires_grad=True)
+    added = start.exp() - 1
+    mlp.down_proj.register_forward_pre_hook(lambda _, inputs: (inputs[0] + added,))
+    mlp(x).sum().backward()
+    expected = torch.autograd.grad(mlp.down_proj(leaf := some(torch.float32, 5, 192).requires_grad_()).sum(), leaf)
+    assert torch.equal(start.grad, *expected)
+
+
 def test_two_backwards_through_one_graph() -> None:
     leaves = [some(torch.float32, 5, 40, seed=seed).requires_grad_() for seed in (1, 2)]
     down = make_layer("nf4", 40, 40)

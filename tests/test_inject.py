@@ -221,6 +221,12 @@ def test_dense_linears_are_frozen_over_the_same_memory() -> None:
     assert isinstance(model["packed"], Linear4bit)
 
 
+def test_a_linear_that_computes_otherwise_is_not_frozen() -> None:
+    model = nn.ModuleDict({"chooser": Chooser(8, 4), "attention": nn.MultiheadAttention(8, 2)})
+    freeze_dense(model)
+    assert not any(isinstance(module, FrozenLinear) for module in model.modules())
+
+
 class Layer(nn.Module):
     """What transformers can checkpoint."""
 

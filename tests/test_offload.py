@@ -73,6 +73,19 @@ def test_one_tensor_a_layer_is_parked_and_its_original_given_back(
     assert all(ref() is None for ref in inputs._waiting), "nothing stays on the host after the step"
 
 
+def test_a_layer_that_changes_its_input_is_refused(tmp_path: Path) -> None:
+    model = load(make_model(tmp_path / "model"), "cpu").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    HostInputs(model.device).install(model)
+
+    def change(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        inputs[0].mul_(2)
+
+    decoder_layers(model)[-1].input_layernorm.register_forward_hook(change)
+    with pytest.raises(qdora.ConfigError, match="changes its input in place; leave activation_offloading out"):
+        model(input_ids=IDS, labels=IDS)
+
+
 def test_a_forward_that_never_comes_back_leaves_nothing(tmp_path: Path) -> None:
     model = load(make_model(tmp_path / "model", num_hidden_layers=3), "cpu").train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

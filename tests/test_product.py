@@ -109,6 +109,17 @@ def test_an_output_that_is_changed_in_place_is_an_error(hold: bool, call: Any) -
         call(changes, torch.randn(9, 128)).sum().backward()
 
 
+@pytest.mark.parametrize("hold", [False, True])
+def test_nothing_is_kept_where_no_gradient_will_be_asked_for(hold: bool) -> None:
+    layer, x = make_layer("nf4", 128, 128), torch.randn(7, 128)
+    layer.hold_output = hold
+    with torch.no_grad():
+        expected = layer(x)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+        assert torch.equal(layer(x.clone()), expected)
+
+
 def test_a_held_output_is_freed_by_its_backward() -> None:
     layer = make_layer("nf4")
     layer.hold_output = True

@@ -5,6 +5,7 @@ On the CPU the copies are real too: the slots are memory of their own, and what 
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,42 @@ def test_each_layer_is_fetched_once_a_pass_and_ahead_of_its_use() -> None:
     assert walk(3, 2, 1, 0) == [[], [1], [0], []]
     assert walk(0, 1, 2, 3) == [[], [2], [3], []]
     assert walk(0) == [[0, 1]]
+
+
+def test_an_interrupted_fetch_is_done_again() -> None:
+    """From layer 2 to 0, which have one slot, with Ctrl-C half way; then whichever comes next has its own bytes."""
+    torch.manual_seed(0)
+    layers = [nn.ModuleList([NF4Weight.from_tensors(quantize_nf4(torch.randn(64, 64)))]) for _ in range(3)]
+    for then in (2, 0):
+        stream = LayerStream(deepcopy(layers), torch.device("cpu"), pin=False)
+        stream.require(2)
+        copy = stream._copier.copy
+
+        def half(copies: Any, slot: int, copy: Any = copy) -> None:
+            copy(copies[:1], slot)
+            raise KeyboardInterrupt
+
+        stream._copier.copy = half  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            stream.require(0)
+        stream._copier.copy = copy  # type: ignore[method-assign]
+        stream.require(then)
+        assert all(torch.equal(source, window) for source, window in stream._copies[then])
+
+
+def test_a_streamed_model_is_not_copied_and_not_loaded_into(tiny_nf4: Path) -> None:
+    """The windows of a copy would show nothing, and what is written into a slot is overwritten by the next layer."""
+    resident, streamed = (qdora.load_model(tiny_nf4, ADAPTER, device="cpu", stream_base=on) for on in (False, True))
+    with pytest.raises(qdora.ConfigError, match=r"cannot be copied.*qdora.reference_model"):
+        deepcopy(streamed)
+    state = {key.replace(".base.weight.", ".base."): value for key, value in streamed.state_dict().items()}
+    expected = resident.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, state[key]) for key, value in expected.items() if ".base." in key)
+    with pytest.raises(qdora.ConfigError, match="cannot be loaded into a base that is streamed"):
+        streamed.load_state_dict(streamed.state_dict())
+    adapters = {key: value for key, value in streamed.state_dict().items() if ".base." not in key}
+    streamed.load_state_dict(adapters, strict=False)
 
 
 def test_moving_or_casting_the_model_leaves_the_windows(tiny_nf4: Path) -> None:
