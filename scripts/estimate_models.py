@@ -1,4 +1,5 @@
-"""What four well-known models need to be trained in 6 to 24 GB: plan and peak of each, from their configs alone.
+"""What four well-known models need to be trained in 6 to 24 GB, plan and peak of each, and two mixtures: from their
+configs alone.
 
     python scripts/estimate_models.py --out scripts/results/estimates.json
 
@@ -19,11 +20,14 @@ import qdora
 CONFIGS = Path(__file__).parents[1] / "tests" / "configs"
 MODELS = ("Mistral-7B", "Llama-3.1-8B", "Qwen2.5-32B", "Llama-3.1-70B")
 SIZES = ("6GB", "8GB", "12GB", "16GB", "24GB")
+_LEAN = {"activation_offloading": True, "embedding_on_host": True, "stream_base": True}
+MIXTURES = {"Mixtral-8x7B": True, "Qwen3-30B-A3B": False}  # streamed, with inputs and embedding on the host; resident
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--mixtures", nargs="*", choices=MIXTURES, default=[*MIXTURES])
     parser.add_argument("--memory", nargs="+", default=SIZES)
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--out", type=Path, help="a .json file")
@@ -34,12 +38,17 @@ def main() -> None:
         print("| {model} | {memory} | {plan} | {sizes}".format(**entry, sizes=sizes))
     # one row at a time, with nothing left to the device that may wait on the host, streamed or not
     leanest = [
-        lean(name, arguments.length, stream_base=streamed) for name in arguments.models for streamed in (False, True)
+        one_row(name, arguments.length, **{**_LEAN, "stream_base": streamed})
+        for name in arguments.models
+        for streamed in (False, True)
     ]
-    for entry in leanest:
+    mixtures = [one_row(name, arguments.length, **(_LEAN if MIXTURES[name] else {})) for name in arguments.mixtures]
+    for entry in [*leanest, *mixtures]:
         print("| {model} | {flags} | {peak_gb:.2f} | {host_gb:.1f} |".format(**entry))
     if arguments.out:
-        write_result(arguments.out, {"length": arguments.length, "plans": found, "one_row": leanest})
+        write_result(
+            arguments.out, {"length": arguments.length, "plans": found, "one_row": leanest, "mixtures": mixtures}
+        )
 
 
 def row(name: str, memory: str, length: int) -> dict[str, Any]:
@@ -54,9 +63,8 @@ def row(name: str, memory: str, length: int) -> dict[str, Any]:
     return {**base, "plan": found.plan.flags(), **_sizes(found), "parts": found.need.parts, "seconds": seconds}
 
 
-def lean(name: str, length: int, stream_base: bool) -> dict[str, Any]:
-    """The least that one row takes."""
-    flags: dict[str, Any] = {"activation_offloading": True, "embedding_on_host": True, "stream_base": stream_base}
+def one_row(name: str, length: int, **flags: Any) -> dict[str, Any]:
+    """What one row takes."""
     found = qdora.estimate(CONFIGS / name, max_length=length, per_device_train_batch_size=1, **flags)
     return {"model": name, "flags": found.plan.flags(), **_sizes(found), "parts": found.need.parts}
 

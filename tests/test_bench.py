@@ -78,7 +78,7 @@ def test_the_estimate_is_true(tmp_path: Path) -> None:
 
 
 def test_estimates_of_known_models(tmp_path: Path) -> None:
-    flags = ["--models", "Mistral-7B", "--memory", "8GB", "0.3GB"]
+    flags = ["--models", "Mistral-7B", "--mixtures", "--memory", "8GB", "0.3GB"]
     result = run("estimate_models.py", tmp_path / "estimates.json", *flags)
     fits, does_not = result["plans"]
     assert fits["peak_gb"] < 8
