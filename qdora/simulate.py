@@ -13,20 +13,16 @@ What is not seen: memory that a kernel takes and gives back within one operation
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -34,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qdora.dora import count_step
 from qdora.experts import RoutedExperts, most_uneven, uneven_for_all
 from qdora.inject import decoder_layers
+from qdora.ledger import Diary, Ledger
 from qdora.loss import positions_at_once, summed_nll
 from qdora.workspace import WHOLE, Workspace, assume
 
@@ -52,8 +49,6 @@ __all__ = [
 
 SIMULATED_LAYERS = 3
 _LOSS_CHUNKS = 4
-# Its last argument says which gradients are made. The fake one makes them all.
-_MASKED = torch.ops.aten.native_batch_norm_backward.default
 _ATTENTION = "sdpa_over_fake_tensors"
 
 
@@ -149,9 +144,9 @@ def head_is_plain(model: nn.Module) -> bool:
         inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long), "use_cache": False}
         with torch.no_grad():
             any_model(**inputs)  # makes what stays for good
-        with torch.no_grad(), _Diary() as alone:
+        with torch.no_grad(), Diary() as alone:
             functional.linear(backbone(**inputs).last_hidden_state, head.weight, head.bias)
-        with torch.no_grad(), _Diary() as whole:
+        with torch.no_grad(), Diary() as whole:
             any_model(**inputs)
     return alone.computations == whole.computations
 
@@ -181,7 +176,7 @@ def _loss_peak(head: nn.Module, positions: int, chunk_bytes: int) -> int:
         bias_V = torch.empty(bias.shape, dtype=bias.dtype) if isinstance(bias, Tensor) else None
         hidden = torch.empty(positions, weight.shape[1], dtype=weight.dtype, requires_grad=True)
         chosen, labels = (torch.zeros(positions, dtype=torch.long) for _ in range(2))
-        ledger = _Ledger()
+        ledger = Ledger()
         ledger.ignore([weight_VH, bias_V, hidden, chosen, labels])
         with ledger:
             loss = summed_nll(hidden[chosen], weight_VH, labels, bias_V, chunk_bytes)
@@ -199,7 +194,7 @@ def simulate_update(make: Callable[[list[Tensor]], torch.optim.Optimizer], shape
         params = [torch.empty(p.shape, dtype=p.dtype, requires_grad=True) for p in shapes]
         for parameter in params:
             parameter.grad = torch.empty_like(parameter)
-        ledger = _Ledger()
+        ledger = Ledger()
         ledger.ignore([*params, *(p.grad for p in params)])
         with ledger:
             optimizer = make(params)
@@ -225,61 +220,10 @@ def simulate_updates(
     return Segment(state, state + workspace)
 
 
-class _Ledger(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, until they die."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held = self.most = 0
-        self._known: dict[int, int] = {}
-
-    def ignore(self, tensors: Sequence[Tensor | None]) -> None:
-        """Take these for no bytes."""
-        self._known.update((tensor.untyped_storage()._cdata, 0) for tensor in tensors if tensor is not None)
-
-    def restart(self) -> None:
-        """Let the peak begin from here."""
-        self.most = self.held
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        made = compress(result, args[-1]) if function is _MASKED else result
-        for item in tree_iter(made):
-            if isinstance(item, Tensor):
-                self._enter(item.untyped_storage())
-        return result
-
-    def _enter(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known[key] = size = storage.nbytes()
-        self.held += size
-        self.most = max(self.most, self.held)
-        weakref.finalize(storage, self._leave, key)
-
-    def _leave(self, key: int) -> None:
-        self.held -= self._known.pop(key)
-
-
-class _Diary(TorchDispatchMode):
-    """Counts operations that compute something, rather than show a tensor in another way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.computations = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # a fake tensor asks for its device in operations of their own
-        shows = function.is_view or function.namespace == "prim" or "view" in str(function)
-        self.computations += not shows
-        return function(*args, **(kwargs or {}))
-
-
 class _Step:
     """Runs a micro-batch and notes what is alive where one layer ends and the next begins."""
 
-    def __init__(self, model: Any, batch: Batch, ledger: _Ledger, checkpointing: bool, lean_loss: bool) -> None:
+    def __init__(self, model: Any, batch: Batch, ledger: Ledger, checkpointing: bool, lean_loss: bool) -> None:
         self._model, self._ledger = model, ledger
         self._checkpointing, self._lean_loss = checkpointing, lean_loss
         self._trained = [p for p in model.parameters() if p.requires_grad]
@@ -361,7 +305,7 @@ def _over_fakes(
         _materialize(model)
         if not batch.packed:
             _leave_out_needless_masks(model)
-        ledger = _Ledger()
+        ledger = Ledger()
         with ledger:
             yield _Step(model, batch, ledger, checkpointing, lean_loss)
 

@@ -31,6 +31,7 @@ LAYERS = [
     {"layouts"},
     {
         "nf4",
+        "ledger",
         "curves",
         "dense",
         "loss",
