@@ -41,7 +41,7 @@ def test_what_was_there_is_not_counted() -> None:
 
 
 def test_gradients_that_nobody_asked_for_are_not_made() -> None:
-    """The fake sum of the magnitude's gradient makes all three gradients, where the real one makes the one it is asked."""
+    """Of the sum for the magnitude: over fakes it makes all three gradients, in truth the one that it is asked for."""
     most = []
     for mode in (torch.no_grad(), FakeTensorMode()):
         with mode:
