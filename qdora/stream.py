@@ -130,7 +130,7 @@ class LayerStream:
 class StreamedWeight(nn.Module):
     """A base weight whose layer is fetched before each use.
 
-    Its state is the layer's own, copied to the host. It can be neither loaded nor copied.
+    Its state is the layer's own, copied to the host; no other can be loaded. It cannot be copied.
 
     Args:
         weight: its tensors are windows on a slot of the stream.
@@ -141,7 +141,7 @@ class StreamedWeight(nn.Module):
         self.weight, self.stream, self.layer = weight, stream, layer
         self.out_features, self.in_features = weight.out_features, weight.in_features
         self.register_state_dict_post_hook(_copy_what_the_slot_holds)
-        self.register_load_state_dict_pre_hook(_refuse_to_load)
+        self.register_load_state_dict_pre_hook(_refuse_other_weights)
 
     def __deepcopy__(self, memo: Any) -> Self:
         """
@@ -189,9 +189,15 @@ def _copy_what_the_slot_holds(module: StreamedWeight, state: dict[str, Any], pre
         state[key] = state[key].to("cpu", copy=True)
 
 
-def _refuse_to_load(module: StreamedWeight, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if any(key.startswith(prefix) for key in state):
-        raise ConfigError("weights cannot be loaded into a base that is streamed; load the model from its directory")
+def _refuse_other_weights(module: StreamedWeight, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What is loaded goes into a slot, and is lost with the next layer: so it must be what is there."""
+    module.fetched()
+    for name, own in module.named_parameters():
+        given = state.get(prefix + name)
+        if given is not None and not torch.equal(given.to(own.device), own):
+            raise ConfigError(
+                "other weights cannot be loaded into a base that is streamed; load the model from their directory"
+            )
 
 
 class _Copier:

@@ -165,8 +165,8 @@ def test_an_interrupted_fetch_is_done_again() -> None:
         assert all(torch.equal(source, window) for source, window in stream._copies[then])
 
 
-def test_a_streamed_model_is_not_copied_and_not_loaded_into(tiny_nf4: Path) -> None:
-    """The windows of a copy would show nothing, and what is written into a slot is overwritten by the next layer."""
+def test_a_streamed_model_is_not_copied_and_keeps_its_weights(tiny_nf4: Path) -> None:
+    """The windows of a copy would show nothing, and what is loaded into a slot is lost with the next layer."""
     resident, streamed = (qdora.load_model(tiny_nf4, ADAPTER, device="cpu", stream_base=on) for on in (False, True))
     with pytest.raises(qdora.ConfigError, match=r"cannot be copied.*qdora.reference_model"):
         deepcopy(streamed)
@@ -174,10 +174,12 @@ def test_a_streamed_model_is_not_copied_and_not_loaded_into(tiny_nf4: Path) -> N
     expected = resident.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(value, state[key]) for key, value in expected.items() if ".base." in key)
-    with pytest.raises(qdora.ConfigError, match="cannot be loaded into a base that is streamed"):
-        streamed.load_state_dict(streamed.state_dict())
-    adapters = {key: value for key, value in streamed.state_dict().items() if ".base." not in key}
-    streamed.load_state_dict(adapters, strict=False)
+    streamed.load_state_dict(streamed.state_dict())
+    other = streamed.state_dict()
+    key = next(key for key in other if key.endswith(".packed"))
+    other[key] = other[key] ^ 1
+    with pytest.raises(qdora.ConfigError, match="other weights cannot be loaded into a base that is streamed"):
+        streamed.load_state_dict(other)
 
 
 def test_moving_or_casting_the_model_leaves_the_windows(tiny_nf4: Path) -> None:
