@@ -89,10 +89,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", type=Path, help="where the random models are kept [a temporary directory]")
     parser.add_argument("--out", type=Path, help="a .json file")
+    parser.add_argument("--together", action="store_true", help="all in one process: quicker, for a first look")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(Case(**json.loads(arguments.measure)), arguments.models, arguments.device)))
+        print(measure(Case(**json.loads(arguments.measure)), arguments.models, arguments.device))
         return
     with tempfile.TemporaryDirectory() as scratch:
         arguments.models = arguments.models or Path(scratch)
@@ -104,18 +105,14 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace, case: Case) -> dict[str, Any]:
-    """One configuration: reckoned here, measured in a process of its own."""
+    """One configuration, reckoned and measured."""
     directory = write_model(SHAPES[case.shape], "nf4", arguments.models / case.shape.replace(" ", "-"))
     need = qdora.estimate(directory, **case.settings(), use_cpu=arguments.device == "cpu").need
     # On the CPU what waits on the host is in the same memory; streamed weights stay mapped from their file.
     waits_here = arguments.device == "cpu" and "activation_offloading" in case.flags
     reckoned = need.device_bytes + (need.host_parts["layer inputs"] if waits_here else 0)
-    told = json.dumps(vars(case))
-    flags = ["--measure", told, "--models", str(arguments.models), "--device", arguments.device]
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{case.name} failed:\n{done.stderr[-3000:]}")
-    measured = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+    take = measure if arguments.together else measure_apart
+    measured = take(case, arguments.models, arguments.device)
     error = reckoned / measured - 1
     print(
         f"{case.name:<60} reckoned {reckoned / 1e6:8,.1f} MB, measured {measured / 1e6:8,.1f} MB  {error:+.1%}",
@@ -124,7 +121,16 @@ def compare(arguments: argparse.Namespace, case: Case) -> dict[str, Any]:
     return {"configuration": case.name, "reckoned_bytes": reckoned, "measured_bytes": measured, "error": error}
 
 
-def measure(case: Case, models_directory: Path, device: str) -> dict[str, Any]:
+def measure_apart(case: Case, models_directory: Path, device: str) -> int:
+    """As `measure`, in a process of its own."""
+    flags = ["--measure", json.dumps(vars(case)), "--models", str(models_directory), "--device", device]
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{case.name} failed:\n{done.stderr[-3000:]}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def measure(case: Case, models_directory: Path, device: str) -> int:
     """Train for two steps; the most that was allocated, the model included."""
     shape = SHAPES[case.shape]
     directory = write_model(shape, "nf4", models_directory / case.shape.replace(" ", "-"))
@@ -164,7 +170,7 @@ def measure(case: Case, models_directory: Path, device: str) -> dict[str, Any]:
             callbacks=callbacks,
         )
         trainer.train()
-    return {"peak_bytes": meter.peak_bytes}
+    return meter.peak_bytes
 
 
 def rows_of(case: Case, vocabulary: int) -> Dataset:

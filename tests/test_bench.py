@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from bench_methods import METHODS, WORKLOADS, Workload, floor_flops
 from bench_step import ratio
 
@@ -68,9 +69,10 @@ def test_bench_linear(tmp_path: Path) -> None:
     assert all(len(row) == 3 and min(row.values()) > 0 for row in table.values())
 
 
-def test_the_estimate_is_true(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["--together", pytest.param("", marks=pytest.mark.slow)])
+def test_the_estimate_is_true(how: str, tmp_path: Path) -> None:
     """Real training of a small model, by the script that holds the prediction to what was allocated."""
-    flags = ["--shapes", "tiny", "--lengths", "1024", "--device", "cpu"]
+    flags = ["--shapes", "tiny", "--lengths", "1024", "--device", "cpu", *how.split()]
     # Each thread has scratch memory of its own, which is nothing beside a model, but much beside one as small as this.
     result = run("check_estimate.py", tmp_path / "estimate.json", *flags, threads=1)
     assert len(result["configurations"]) == 5
