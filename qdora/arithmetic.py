@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
-from qdora.errors import ConfigError, reason
+from qdora.errors import ConfigError, NumericsError, reason
 
-__all__ = ["compute_dtype", "multiplies_bfloat16", "pick_device", "training_dtype", "usual_dtype"]
+__all__ = ["compute_dtype", "in_sixteen_bits", "multiplies_bfloat16", "pick_device", "training_dtype", "usual_dtype"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -24,6 +25,28 @@ def compute_dtype(name: str, sixteen_bit: bool = False) -> torch.dtype:
     if name not in known:
         raise ConfigError(f"dtype must be one of {', '.join(known)}, found {name!r}")
     return _DTYPES[name]
+
+
+def in_sixteen_bits(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in bfloat16 or float16, to be written; whole numbers as they are.
+
+    Args:
+        name: of the tensor, for the error.
+
+    Raises:
+        NumericsError: it holds infinity or NaN, or would hold it then: float16 ends at 65,504.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        largest = tensor.float().abs().max().item()
+        raise NumericsError(
+            f"{name} is not finite in float16 (its largest value is {largest:.4g}); pass --dtype bfloat16"
+            if dtype == torch.float16 and largest < float("inf")
+            else f"{name} holds values that are not finite; the model or the adapter is damaged"
+        )
+    return cast
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -182,7 +182,11 @@ def _copy_into(layer: DoRALinear, adapter: LinearAdapter, offset: Tensor | None,
         from_file = adapter.magnitude.to(layer.base.device) - layer.base_norm()
         # The file of exact offsets speaks only if it says what the adapter says; another tool may have changed that.
         rounding = float(adapter.magnitude.abs().max()) * 2**-20
-        agrees = offset is not None and torch.allclose(offset.to(from_file), from_file, rtol=2**-7, atol=rounding)
+        agrees = (
+            offset is not None
+            and offset.shape == from_file.shape
+            and torch.allclose(offset.to(from_file), from_file, rtol=2**-7, atol=rounding)
+        )
         _fill(layer.magnitude_offset, offset if agrees and offset is not None else from_file)
     layer.refresh()
 

@@ -7,6 +7,7 @@ answer to a mistyped one, should not.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ from qdora.errors import ConfigError, QDoRAError, out_of_memory, reason
 from qdora.parsers import SHELLS, parse
 
 __all__ = ["main"]
+
+# What a directory that may not be entered, a name that is too long or a disk that fails say, wherever it is noticed.
+_PLACES_FAULT = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EIO, errno.ENOSPC)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +57,10 @@ def _run(verb: str, arguments: list[str]) -> tuple[int, str]:
         if not out_of_memory(error):
             raise
         return 2, f"qdora: out of memory: {reason(error)}; a smaller model, batch or length may fit"
+    except OSError as error:
+        if error.errno not in _PLACES_FAULT or not error.filename:
+            raise
+        return 2, f"qdora: {error.strerror}: {error.filename}; look at that place, or name another"
     except KeyboardInterrupt as stop:
         line = f"qdora: {str(stop) or 'interrupted'}"
         return getattr(stop, "status", 130), line if is_main() else ""

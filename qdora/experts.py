@@ -85,6 +85,11 @@ class RoutedExperts(nn.Module):
         inwards, outwards = (self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)
         return {gate: inwards, up: inwards, down: outwards}
 
+    def stack_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Name → shape of the two stacks that transformers makes of the experts: gate and up in one, and down."""
+        experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
+        return {"gate_up_proj": (experts, 2 * inner, hidden), "down_proj": (experts, hidden, inner)}
+
     def cut(self, gate_up_E2IH: Tensor, down_EHI: Tensor, number: int, name: str) -> Tensor:
         """A window on the stacks: the matrix of one expert's linear, (out_features, in_features)."""
         gate, _, down = self.names

@@ -8,7 +8,8 @@ weights apart. Three things do, and an adapter's file records what it can of eac
               together with the checkpoint's own hash, so that it says nothing of any other weights
     probe     what three of the adapted weights answer to one fixed input, sixteen numbers each
 
-If hashes or sources meet, it is a right pair, and nothing is said. Different hashes do not make a wrong one: the same
+If hashes or sources meet, these are the same weights; and if the answers meet too, as they are rounded in the same way,
+it is a right pair, and nothing is said. Different hashes do not make a wrong one: the same
 model in another dtype, by other names or quantized by another tool has another hash. But rounding to NF4 moves the
 answers to the probe by a tenth of their length, another dtype by a thousandth, and those of other weights have nothing
 to do with each other. So a pair whose answers are further apart than half their length is refused, and what neither
@@ -36,7 +37,7 @@ from qdora.shards import ShardReader, fingerprint
 __all__ = ["QUANTIZE_RECORD", "Kinship", "Origin", "answers_of", "kinship", "origin_of", "probed_paths"]
 
 QUANTIZE_RECORD = "qdora_quantize.json"
-_VALUES, _APART = 16, 0.5
+_VALUES, _APART, _ROUNDED = 16, 0.5, 0.04
 _logger = logging.getLogger("qdora")
 
 
@@ -107,16 +108,27 @@ def kinship(trained: Origin, found: Origin, answers: Callable[[str], tuple[float
         found: the base's own.
         answers: of the base's linear at a path; None if it cannot be asked.
     """
+    given = {path: answers(path) for path in trained.probe}
+    distances = {path: _distance(trained.probe[path], answer) for path, answer in given.items() if answer is not None}
+    path, apart = max(distances.items(), key=lambda item: item[1], default=("", 0.0))
     if trained.meets(found):
-        return Kinship(True, "the weights that the adapter was trained on")
-    for path, expected in trained.probe.items():
-        given = answers(path)
-        if given is not None and (apart := _distance(expected, given)) > _APART:
+        if apart > _ROUNDED:
             return Kinship(
-                False, f"the weights of {path} are others (by a probe, {apart:.0%} apart; the same ones in NF4 are 10%)"
+                None,
+                f"the same weights, but rounded in another way than those it was trained on ({path} is {apart:.0%} "
+                "apart, by a probe): one of the two is in NF4",
             )
+        return Kinship(True, "the weights that the adapter was trained on")
+    if apart > _APART:
+        return Kinship(
+            False, f"the weights of {path} are others (by a probe, {apart:.0%} apart; the same ones in NF4 are 10%)"
+        )
     if trained.hash is None:
-        return Kinship(None, "the adapter does not record which weights it was trained on, so they may be others")
+        return Kinship(
+            None,
+            "the adapter does not record which weights it was trained on: they may be others, or these rounded in "
+            "another way (what was trained in 4 bits belongs to an NF4 checkpoint)",
+        )
     return Kinship(
         None,
         "these are not the files that the adapter was trained on; they may hold the same weights in another format, or "

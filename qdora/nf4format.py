@@ -30,6 +30,7 @@ from qdora.errors import CheckpointError, reason
 
 __all__ = [
     "BLOCKSIZE",
+    "LARGEST_SCALE",
     "NESTED_BLOCKSIZE",
     "PackedLinear",
     "QuantState",
@@ -46,7 +47,8 @@ NESTED_BLOCKSIZE = 256
 _QUANTIZED_AT_ONCE_BYTES = 8 * 2**20
 # What bitsandbytes quantizes in; and fp16's largest number, which no weight that was trained comes near.
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_LARGEST_SCALE = 65504.0
+LARGEST_SCALE = 65504.0
+"""The largest absmax that is believed, which in fp16 is still finite."""
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
 
 
@@ -140,9 +142,9 @@ def _check_values(code: Tensor, nested_code: Tensor | None, scales: list[Tensor]
     if code.shape != usual.shape or not torch.allclose(code.float(), usual, atol=1e-3):
         raise CheckpointError("the values of an NF4 weight are not NF4's; quantize the model again")
     for scale in scales:
-        if not (scale.is_floating_point() and bool(((scale >= 0) & (scale <= _LARGEST_SCALE)).all())):
+        if not (scale.is_floating_point() and bool(((scale >= 0) & (scale <= LARGEST_SCALE)).all())):
             raise CheckpointError(
-                f"an absmax of an NF4 weight is negative, not finite or above {_LARGEST_SCALE:g}; the checkpoint is "
+                f"an absmax of an NF4 weight is negative, not finite or above {LARGEST_SCALE:g}; the checkpoint is "
                 "damaged, quantize the model again"
             )
     if nested_code is not None and not bool((nested_code.abs() <= 1).all()):

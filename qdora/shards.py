@@ -51,7 +51,8 @@ class ShardReader:
     """The tensors of a model directory, read from disk when asked for.
 
     Args:
-        directory: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+        directory: holds `model.safetensors`, or shards with `model.safetensors.index.json`; of both, transformers
+            and we read the first.
 
     Raises:
         CheckpointError: no weights, only pickled ones, a shard missing, damaged or outside the directory, or an index
@@ -86,7 +87,7 @@ class ShardReader:
 
     def _read_index(self) -> dict[str, Path]:
         path = self.directory / INDEX_FILE
-        if not path.is_file():
+        if not path.is_file() or (self.directory / SINGLE_FILE).is_file():
             return {}
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdora import ConfigError, arithmetic
-from qdora.arithmetic import compute_dtype, multiplies_bfloat16, pick_device, training_dtype, usual_dtype
+from qdora import ConfigError, NumericsError, arithmetic
+from qdora.arithmetic import (
+    compute_dtype,
+    in_sixteen_bits,
+    multiplies_bfloat16,
+    pick_device,
+    training_dtype,
+    usual_dtype,
+)
 
 
 def test_dtypes_and_devices() -> None:
@@ -55,3 +62,14 @@ def test_who_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not multiplies_bfloat16(cpu)
     assert training_dtype(cpu) == "float32"
+
+
+def test_what_a_value_that_is_not_finite_is_blamed_on() -> None:
+    ids = torch.arange(3)
+    assert in_sixteen_bits("ids", ids, torch.float16) is ids
+    assert torch.equal(in_sixteen_bits("w", torch.tensor([65504.0]), torch.float16), torch.tensor([65504.0]).half())
+    with pytest.raises(NumericsError, match=r"^w is not finite in float16 \(its largest value is 1e\+05\); pass "):
+        in_sixteen_bits("w", torch.tensor([-1e5, 2.0]), torch.float16)
+    for value, dtype in [(float("inf"), torch.float16), (float("nan"), torch.float16), (3.4e38, torch.bfloat16)]:
+        with pytest.raises(NumericsError, match=r"^w holds values that are not finite; the model or the adapter "):
+            in_sixteen_bits("w", torch.tensor([1.0, value]), dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import subprocess
@@ -168,6 +169,32 @@ def test_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setitem(cli._VERBS, "quantize", full)
     assert main(["quantize", "a", "b"]) == 2
     assert capsys.readouterr().err.startswith("qdora: out of memory: tried to allocate 2 GiB of 1 GiB; a smaller")
+
+
+def test_a_place_that_is_none_is_one_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    too_long = tmp_path / ("x" * 300)
+    for arguments in (
+        ["quantize", tiny, too_long],
+        ["quantize", too_long, tmp_path / "out"],
+        ["merge", tiny, too_long, tmp_path / "out"],
+        ["inspect", too_long],
+    ):
+        assert main(list(map(str, arguments))) == 2, arguments
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("qdora: "), line
+        assert "File name too long" in line, line
+        assert str(too_long) in line, line
+
+
+def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (FileNotFoundError(errno.ENOENT, "none", "ours"), PermissionError("of nothing")):
+
+        def fails(*_: object, error: OSError = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setitem(cli._VERBS, "quantize", fails)
+        with pytest.raises(type(error)):
+            main(["quantize", "a", "b"])
 
 
 def test_as_a_program(tmp_path: Path) -> None:

@@ -58,11 +58,32 @@ def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 @pytest.mark.parametrize("adapter", ["on-nf4", "on-the-fly", "on-dense"])
 @pytest.mark.parametrize("base", ["model", "model-nf4"])
-def test_a_model_and_its_nf4_know_each_other(
-    place: Path, said: pytest.LogCaptureFixture, adapter: str, base: str
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_a_model_and_its_nf4_know_each_other_and_the_rounding(
+    place: Path, said: pytest.LogCaptureFixture, adapter: str, base: str, in_4bit: bool
 ) -> None:
-    qdora.load_model(place / base, place / adapter)
-    assert not said.records
+    qdora.load_model(place / base, place / adapter, load_in_4bit=in_4bit)
+    if (adapter != "on-dense") == (in_4bit or base == "model-nf4"):
+        assert not said.records
+        return
+    (record,) = said.records
+    assert "the same weights, but rounded in another way" in record.message
+
+
+def test_onto_original_is_recorded_for_what_it_is(place: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    qdora.merge(place / "model", place / "on-nf4", tmp_path / "out", onto_original=True, verify=False)
+    assert json.loads((tmp_path / "out" / "qdora_merge.json").read_text())["right_base"] is None
+    (record,) = said.records
+    assert "rounded in another way" in record.message
+
+
+def test_what_was_trained_on_16_bits_is_not_merged_onto_nf4(place: Path, tmp_path: Path) -> None:
+    pair = place / "model-nf4", place / "on-dense"
+    with pytest.raises(CheckpointError, match=r"-dense was trained on 16-bit weights, and \S+-nf4 holds NF4 ones"):
+        qdora.merge(*pair, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    qdora.merge(*pair, tmp_path / "out", allow_other_base=True)
+    assert json.loads((tmp_path / "out" / "qdora_merge.json").read_text())["right_base"] is None
 
 
 def test_other_shards_are_the_same_weights(place: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
@@ -146,7 +167,7 @@ def test_an_adapter_that_records_nothing_is_taken_with_a_word(
     for base in ("model-nf4", "other-nf4"):
         qdora.load_model(place / base, bare)
     assert len(said.records) == 2
-    assert all("does not record" in record.message for record in said.records)
+    assert all("does not record" in record.message and "in 4 bits" in record.message for record in said.records)
 
 
 def test_a_source_speaks_for_its_own_weights_only(place: Path, tmp_path: Path) -> None:
@@ -170,12 +191,15 @@ def test_the_three_answers() -> None:
     known = Origin("a", "s", {"x": (3.0, 4.0)})
 
     def found(**settings: Any) -> Kinship:
-        return kinship(known, Origin(**settings), lambda path: (3.3, 4.0))
+        return kinship(known, Origin(**settings), lambda path: (3.1, 4.0))
 
     assert found(hash="a").right is True
     assert found(hash="b", source="s").right is True
     assert found(hash="s").right is True
     assert found(hash="b").right is None
+    assert kinship(known, Origin("a"), lambda path: (3.3, 4.0)).right is None
+    assert kinship(known, Origin("a"), lambda path: None).right is True
+    assert kinship(Origin("a"), Origin("a"), lambda path: None).right is True
     assert kinship(known, Origin("b"), lambda path: (-3.0, 4.0)).right is False
     assert kinship(known, Origin("b"), lambda path: (3.0,)).right is False
     assert kinship(known, Origin("b"), lambda path: None).right is None

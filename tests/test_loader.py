@@ -109,6 +109,17 @@ def test_damage_is_named(packed: bool, mixture: Path, mixture_nf4: Path, tmp_pat
             qdora.load_model(short)
 
 
+def test_a_stack_of_more_experts_than_the_config_says(mixture: Path, tmp_path: Path) -> None:
+    def with_one_more(tensors: dict[str, torch.Tensor]) -> None:
+        stack(tensors)
+        for key in [key for key in tensors if key.endswith("experts.down_proj")]:
+            tensors[key] = torch.cat([tensors[key], tensors[key][:1]])
+
+    odd = copy_with(mixture, tmp_path / "odd", with_one_more)
+    with pytest.raises(CheckpointError, match=r"\.0\.mlp\.experts\.down_proj is \(5, 64, 64\), and \(4, 64, 64\) by"):
+        qdora.load_model(odd)
+
+
 def test_names_in_files(mixture: Path) -> None:
     names = key_names(qdora.load_model(mixture))
     assert "model.layers.0.x" in list(names.candidates("layers.0.x"))

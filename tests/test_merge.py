@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError, NumericsError
 from qdora.adapterfile import read_adapter
+from qdora.config import ends_in
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
-from qdora.verbs.merge import _finite, _progress
+from qdora.verbs.merge import _progress
 from qdora.verify import compare
+from qdora.whole import trained_whole
 from tests.conftest import disturb, make_model, make_tokenizer
 from tests.reference import dora as reference
 from tests.test_quantize import make_gpt2
@@ -87,6 +89,25 @@ def test_a_head_that_another_tool_packed(tmp_path: Path) -> None:
     report = qdora.merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "out")
     assert report.comparison is not None
     assert report.comparison.kl_per_token < 1e-4
+
+
+@pytest.mark.parametrize("name", ["o_proj", "c_proj"])
+def test_a_linear_that_was_trained_whole(name: str, tiny: Path, tmp_path: Path) -> None:
+    base = tiny if name == "o_proj" else make_gpt2(tmp_path / "gpt2")
+    adapted = "q_proj" if name == "o_proj" else "c_attn"
+    config = AdapterConfig(rank=4, target_modules=(adapted,), modules_to_save=(name,))
+    model = qdora.load_model(base, adapter=config, load_in_4bit=False)
+    disturb(model)
+    with torch.no_grad():
+        for path, module in trained_whole(model).items():
+            assert ends_in(path, name)
+            module.trained.weight += 0.1 * torch.randn_like(module.trained.weight)
+    qdora.save_adapter(model, tmp_path / "adapter")
+    report = qdora.merge(base, tmp_path / "adapter", tmp_path / "out", dtype="bfloat16")
+    assert report.comparison is not None
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    for path, module in trained_whole(model).items():
+        assert torch.equal(plain.get_submodule(path).weight, module.trained.weight.bfloat16())
 
 
 def test_gpt2_keeps_its_orientation(tmp_path: Path) -> None:
@@ -294,17 +315,6 @@ def test_trust_reaches_whatever_loads(
         listen(name)
     qdora.merge(tiny, tiny_adapter, tmp_path / "out", **({"trust_remote_code": True} if trust else {}))
     assert told == [(name, trust) for name in names]
-
-
-def test_what_a_value_that_is_not_finite_is_blamed_on() -> None:
-    ids = torch.arange(3)
-    assert _finite("ids", ids, torch.float16) is ids
-    assert torch.equal(_finite("w", torch.tensor([65504.0]), torch.float16), torch.tensor([65504.0]).half())
-    with pytest.raises(NumericsError, match=r"^w is not finite in float16 \(its largest value is 1e\+05\); merge with"):
-        _finite("w", torch.tensor([-1e5, 2.0]), torch.float16)
-    for value, dtype in [(float("inf"), torch.float16), (float("nan"), torch.float16), (3.4e38, torch.bfloat16)]:
-        with pytest.raises(NumericsError, match=r"^w holds values that are not finite; the base or the adapter "):
-            _finite("w", torch.tensor([1.0, value]), dtype)
 
 
 def test_the_messages_name_the_places(tiny: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config
 
 import qdora
-from qdora.errors import CheckpointError, ConfigError
+from qdora.errors import CheckpointError, ConfigError, NumericsError
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
 from tests.conftest import make_model, make_tokenizer
@@ -61,6 +62,26 @@ def test_options(tiny: Path, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float16).train()
     ours = qdora.load_model(tmp_path / "a", dtype="float16")
     assert torch.equal(plain(IDS).logits, ours(IDS).logits)
+
+
+@pytest.mark.parametrize("key", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_what_float16_cannot_hold_is_named(key: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", num_hidden_layers=1)
+    tensors = load_file(model / "model.safetensors")
+    tensors[key].view(-1)[3] = 1e5
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        NumericsError, match=rf"^{key} is not finite in float16 .* value is 9\.984e\+04\); pass --dtype"
+    ):
+        qdora.quantize(model, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    if "proj" in key:
+        path = key.removesuffix(".weight")
+        with pytest.raises(NumericsError, match=rf"of {path} holds 9\.984e\+04, beyond NF4's 65504; .*modules {path}$"):
+            qdora.quantize(model, tmp_path / "out")
+        qdora.quantize(model, tmp_path / "out", skip_modules=[path])
+    else:
+        qdora.quantize(model, tmp_path / "out")
 
 
 def test_an_untied_head_stays(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qdora.errors import CheckpointError, ConfigError
 from qdora.shards import INDEX_FILE, SINGLE_FILE, ShardReader, ShardWriter, fingerprint, format_bytes, parse_size
+from tests.conftest import make_model
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -74,14 +76,28 @@ def test_no_weights_and_pickled_weights(tmp_path: Path) -> None:
         ('{"weight_map": {"t0": "../other.safetensors"}}', "outside its directory"),
         ('{"weight_map": {"t0": "/etc/passwd"}}', "outside its directory"),
         ('{"weight_map": {"t0": "absent.safetensors"}}', "is not there"),
-        ('{"weight_map": {"t9": "model.safetensors"}}', "first 't9'"),
+        ('{"weight_map": {"t9": "shard.safetensors"}}', "first 't9'"),
     ],
 )
 def test_a_bad_index(tmp_path: Path, index: str, message: str) -> None:
     write(tmp_path, 10**9)
+    (tmp_path / SINGLE_FILE).rename(tmp_path / "shard.safetensors")
     (tmp_path / INDEX_FILE).write_text(index)
     with pytest.raises(CheckpointError, match=message):
         ShardReader(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["not json", '{"weight_map": {"t0": "absent.safetensors"}}', "of others"])
+def test_beside_a_single_file_an_index_is_passed_over_as_transformers_does(index: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", num_hidden_layers=1)
+    if index == "of others":
+        others = {key: 2 * tensor for key, tensor in load_file(model / SINGLE_FILE).items()}
+        save_file(others, model / "model-00001-of-00001.safetensors", {"format": "pt"})
+        index = json.dumps({"weight_map": dict.fromkeys(others, "model-00001-of-00001.safetensors")})
+    (model / INDEX_FILE).write_text(index)
+    reader = ShardReader(model)
+    plain = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert all(torch.equal(plain[key], reader.get(key).to(plain[key].dtype)) for key in reader)
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:

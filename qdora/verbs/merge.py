@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from qdora.adapterfile import AdapterFile, LinearAdapter, read_adapter
 from qdora.architecture import is_nf4_checkpoint
-from qdora.arithmetic import compute_dtype
+from qdora.arithmetic import compute_dtype, in_sixteen_bits
 from qdora.base import BaseWeight
 from qdora.baseweights import StoredBase
 from qdora.dora import merge_rows
-from qdora.errors import CheckpointError, NumericsError
+from qdora.errors import CheckpointError
 from qdora.kinship import Kinship
 from qdora.output import check_output, new_directory, write_json
 from qdora.shards import ShardWriter, format_bytes, parse_size
@@ -101,6 +101,11 @@ def merge(
     stored = StoredBase(source, through_nf4, trust_remote_code)
     known = stored.kinship(file)
     known.settle(adapter, base, allow_other_base)
+    if packed and file.base_kind == "dense" and not allow_other_base:
+        raise CheckpointError(
+            f"{adapter} was trained on 16-bit weights, and {base} holds NF4 ones, on which it is another function; "
+            "name the 16-bit model, or pass --allow_other_base"
+        )
     with new_directory(out, overwrite) as directory:
         with ShardWriter(directory, shard_bytes) as writer:
             is_parted = _write_tensors(writer, stored, file, out_dtype)
@@ -123,10 +128,10 @@ def merge(
 def _write_tensors(writer: ShardWriter, stored: StoredBase, file: AdapterFile, dtype: torch.dtype) -> bool:
     """Every tensor of the merged model; returns whether its head is another matrix than its embedding by now."""
     for key in _progress(stored.keys()):
-        writer.add(key, _finite(key, _merged(key, stored, file), dtype))
+        writer.add(key, in_sixteen_bits(key, _merged(key, stored, file), dtype))
     parted = parted_head(stored, file)
     if parted is not None and parted[0] not in stored.reader:
-        writer.add(parted[0], _finite(*parted, dtype))
+        writer.add(parted[0], in_sixteen_bits(*parted, dtype))
     return parted is not None
 
 
@@ -147,10 +152,12 @@ def _reason_against(verify: bool | None, fits: bool, directory: Path, trust_remo
 
 def _merged(key: str, stored: StoredBase, file: AdapterFile) -> Tensor:
     """One tensor of the output, in fp32 if arithmetic was needed, else as it was."""
+    trained = stored.linears.named(key, file.whole)  # a linear too may have been trained whole
+    if trained is not None:
+        return file.whole[trained]
     path = stored.linears.find(key)
     if path is None:
-        name = stored.linears.named(key, file.whole)
-        return stored.plain(key) if name is None else file.whole[name]
+        return stored.plain(key)
     merged = merged_weight(stored.weight(key), file.linears.get(path))
     return merged.t() if stored.linears.transposed[path] else merged
 
@@ -178,21 +185,6 @@ def parted_head(stored: StoredBase, file: AdapterFile) -> tuple[str, Tensor] | N
         for name, key in ((embedding, kept), (head, of_head))
     ]
     return None if torch.equal(weights[0].float(), weights[1].float()) else (head, weights[1])
-
-
-def _finite(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    cast = tensor.to(dtype)
-    if not torch.isfinite(cast).all():
-        largest = tensor.float().abs().max().item()
-        name = str(dtype).removeprefix("torch.")
-        raise NumericsError(
-            f"{key} is not finite in {name} (its largest value is {largest:.4g}); merge with --dtype bfloat16"
-            if dtype == torch.float16 and largest < float("inf")
-            else f"{key} holds values that are not finite; the base or the adapter is damaged"
-        )
-    return cast
 
 
 def _write_config(source: Path, directory: Path, dtype: str, parted: bool) -> None:

@@ -19,13 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qdora.architecture import Linears, is_nf4_checkpoint, model_linears
-from qdora.arithmetic import compute_dtype, pick_device
-from qdora.errors import CheckpointError
+from qdora.arithmetic import compute_dtype, in_sixteen_bits, pick_device
+from qdora.errors import CheckpointError, NumericsError
 from qdora.experts import STACKS
 from qdora.kinship import QUANTIZE_RECORD
 from qdora.loader import nf4_config
 from qdora.nf4 import NF4Weight
-from qdora.nf4format import quantize_nf4
+from qdora.nf4format import LARGEST_SCALE, quantize_nf4
 from qdora.output import check_output, new_directory, scratch_beside, write_json
 from qdora.shards import ShardReader, ShardWriter, fingerprint, format_bytes, parse_size
 from qdora.sources import copy_side_files, find_gguf, gguf_to_directory, local_model
@@ -105,6 +105,7 @@ def quantize(
     Raises:
         CheckpointError: the model is missing, damaged, quantized already or has no linears.
         ConfigError: an argument is wrong, or `out` is in use.
+        NumericsError: a tensor (it is named) is not finite, or not in float16.
     """
     shard_bytes, kept_dtype = parse_size(max_shard_size), compute_dtype(dtype, sixteen_bit=True)
     target = pick_device(device)
@@ -165,7 +166,7 @@ def _convert(
 ) -> list[tuple[str, Tensor]]:
     """The tensors that stand for one tensor of the source."""
     path = linears.find(key)
-    plain = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    plain = in_sixteen_bits(key, tensor, dtype)
     if path is None or not linears.quantizes(path):
         report.kept_values += plain.numel()
         if path is not None:
@@ -194,6 +195,12 @@ def _check_matrix(path: str, weight: Tensor, linears: Linears) -> None:
         expected = "×".join(map(str, linears.shapes[path]))
         found = "×".join(map(str, weight.shape))
         raise CheckpointError(f"the weight of {path} is {found}, and {expected} by config.json; download it again")
+    largest = float(weight.abs().max())
+    if largest > LARGEST_SCALE:
+        raise NumericsError(
+            f"the weight of {path} holds {largest:.4g}, beyond NF4's {LARGEST_SCALE:g}; leave it in 16 bits by "
+            f"--skip_modules {path}"
+        )
 
 
 def _relative_error(weight: Tensor, quantized: NF4Weight) -> float:
