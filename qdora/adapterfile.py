@@ -48,6 +48,7 @@ _PARTS = {
 }
 # What is trained in other places than linears, or other layers.
 _UNSUPPORTED = ("target_parameters", "trainable_token_indices", *OTHER_FORWARDS, "layer_replication")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Initializations that leave the base weights as they are; others (PiSSA, OLoRA, CorDA, LoftQ, …) subtract the adapter
 # from the base, and the adapter means nothing on the base itself.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -196,10 +197,10 @@ def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str,
         suffix = next((suffix for suffix in _PARTS if key.endswith(suffix)), None)
         if suffix is None:
             raise CheckpointError(f"{directory} holds {key!r}, which is no part of a LoRA or DoRA linear")
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{directory} holds {tensor.dtype} in {key!r}; an adapter is in float32 or 16 bits")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{directory} holds values that are not finite in {key!r}; its training went wrong")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{directory} holds whole numbers ({tensor.dtype}) in {key!r}; it is no adapter")
         grouped.setdefault(key.removeprefix(PREFIX).removesuffix(suffix), {})[_PARTS[suffix]] = tensor
     if not grouped:
         raise CheckpointError(f"{directory} holds no adapter tensors")

@@ -79,11 +79,12 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False,
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "qdora_base": _kind_of_base(model), **_origin_of_base(model, layers)}
     targets = _target_names(config, list(layers), linear_paths(model))
-    (directory / OFFSETS_FILE).unlink(missing_ok=True)  # an earlier adapter's
-    with whole_files(directory) as scratch:
+    with whole_files(directory, last=CONFIG_FILE) as scratch:
         save_tensors(tensors, scratch / WEIGHTS_FILE, metadata)
         if exact_offsets and offsets:
             save_tensors(offsets, scratch / OFFSETS_FILE, {"format": "pt"})
+        else:
+            (directory / OFFSETS_FILE).unlink(missing_ok=True)  # an earlier adapter's
         write_json(scratch / CONFIG_FILE, peft_config(config, targets, getattr(model.config, "_name_or_path", None)))
 
 

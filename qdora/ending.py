@@ -8,7 +8,7 @@ from typing import Any
 from qdora.distributed import processes
 from qdora.errors import QDoRAError, reason
 from qdora.exhausted import Headroom, let_go, moment_of
-from qdora.resume import last_checkpoint
+from qdora.kept import last_checkpoint
 
 __all__ = ["end_for_memory", "way_back"]
 

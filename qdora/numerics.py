@@ -109,7 +109,7 @@ class FiniteGuard:
         self._seen += 1
         loss, measured, tokens = summed(step.figures(norm)).tolist()
         if tokens == 0:
-            self._leave_out(step, number, "no token of it carries loss")
+            self._leave_out(step, number, "no token of it carries loss", finite=True)
             return False
         if math.isfinite(loss) and (math.isfinite(measured) or self._scaler_sees_to_it()):
             self._in_a_row = 0
@@ -157,9 +157,9 @@ class FiniteGuard:
             f"What to do: {source.advice(half)}{or_skip}"
         )
 
-    def _leave_out(self, step: _Step, number: int, why: str) -> None:
+    def _leave_out(self, step: _Step, number: int, why: str, finite: bool = False) -> None:
         step.total.copy_(step.before)
-        if self._scaler is None:  # which must see the overflow to leave out the step itself
+        if self._scaler is None or finite:  # which must see an overflow to leave out the step itself
             for parameter in self._model.parameters():
                 parameter.grad = None
         self._left_out += 1

@@ -90,8 +90,13 @@ class CompensatedAdamW(torch.optim.Optimizer):
         return {**found, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state, sharded or whole, whatever number of processes it was saved by."""
+        """Take over a state, sharded or whole, whatever number of processes it was saved by, and in whatever dtype.
+
+        Raises:
+            ValueError: it is of other parameters or of another optimizer.
+        """
         params = [p for group in self.param_groups for p in group["params"]]
+        _check_state(state_dict, self.param_groups, params)
         state = {
             index: {
                 name: spread_like(value, params[index]) if isinstance(value, Tensor) else value
@@ -100,6 +105,11 @@ class CompensatedAdamW(torch.optim.Optimizer):
             for index, entries in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": state})
+        for parameter, entries in self.state.items():
+            if parameter.dtype == torch.float32:
+                entries.pop("compensation", None)  # less than half of what bf16 tells apart
+            else:
+                entries.setdefault("compensation", torch.zeros_like(parameter))
 
     def _update(self, bucket: list[Tensor], group: dict[str, Any], number: int) -> None:
         beta1, beta2 = group["betas"]
@@ -132,6 +142,20 @@ class CompensatedAdamW(torch.optim.Optimizer):
                 names.append("compensation")
             state.update({name: torch.zeros_like(parameter) for name in names})
         return state
+
+
+def _check_state(state_dict: dict[str, Any], groups: list[dict[str, Any]], params: list[Tensor]) -> None:
+    sizes = [[len(group["params"]) for group in of] for of in (state_dict["param_groups"], groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the state is of groups of {sizes[0]} parameters, and there are {sizes[1]}")
+    if not all({"steps", "seed"} <= group.keys() for group in state_dict["param_groups"]):
+        raise ValueError("the state is of another optimizer than compensated AdamW")
+    for index, entries in state_dict["state"].items():
+        if entries["exp_avg"].shape != params[index].shape:
+            raise ValueError(
+                f"the state is of other parameters: {tuple(entries['exp_avg'].shape)} there and "
+                f"{tuple(params[index].shape)} here"
+            )
 
 
 def buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:

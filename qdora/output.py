@@ -125,17 +125,29 @@ def _recover(path: Path) -> None:
 
 
 @contextmanager
-def whole_files(directory: Path) -> Iterator[Path]:
-    """A scratch directory whose files go to `directory`, each whole, when the block ends without an error."""
+def whole_files(directory: Path, last: str | None = None) -> Iterator[Path]:
+    """A scratch directory whose files go to `directory`, each whole, when the block ends without an error.
+
+    Args:
+        last: the file without which the others are nothing. If it says something else than before, it goes before they
+            come, and it comes after them: a kill between two never leaves a mixture of sets that passes for one.
+    """
     scratch = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}-", dir=directory))
     try:
         yield scratch
         flush(scratch)
-        for file in sorted(scratch.iterdir()):
+        if last is not None and _differ(scratch / last, directory / last):
+            (directory / last).unlink(missing_ok=True)
+            _flush_one(directory)
+        for file in sorted(scratch.iterdir(), key=lambda file: (file.name == last, file.name)):
             file.replace(directory / file.name)
         _flush_one(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _differ(new: Path, old: Path) -> bool:
+    return not old.is_file() or old.read_bytes() != new.read_bytes()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

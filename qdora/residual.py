@@ -33,6 +33,7 @@ __all__ = ["Compensation", "begin_with_residual"]
 
 # Of the randomized SVD (Halko et al., arXiv 0909.4061): more directions than asked for, and passes over the matrix.
 _OVERSAMPLED, _PASSES = 8, 4
+_NO_ERROR = 1e-6  # of the largest singular value, which is about what fp32 tells apart
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class _Original:
         if path not in self._keys:
             raise CheckpointError(f"{self._name} is another model: it has no linear {path!r}")
         weight = self._stored.weight(self._keys[path]).dequantize(torch.float32)
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"{self._name} holds values that are not finite in the weight of {path}")
         if weight.shape != (layer.out_features, layer.in_features):
             raise CheckpointError(
                 f"{self._name} is another model: {path} is {weight.shape[0]}×{weight.shape[1]} there and "
@@ -122,8 +125,10 @@ def _take_over(layer: DoRALinear, error_OI: Tensor) -> None:
     sides = min(error_OI.shape)
     rank = min(layer.rank, sides)
     U, S, V = torch.svd_lowrank(error_OI, q=min(rank + _OVERSAMPLED, sides), niter=_PASSES)
-    root = (S[:rank] / layer.scaling).sqrt()
-    layer.lora_A[:rank] = (V[:, :rank] * root).t().to(layer.lora_A.dtype)
-    layer.lora_B[:, :rank] = (U[:, :rank] * root).to(layer.lora_B.dtype)
+    # Where there is no error, A and B of zeros would have gradients of zeros for good: A stays drawn, B zero.
+    found = (S[:rank] > _NO_ERROR * S[0]).nonzero()[:, 0]
+    root = (S[found] / layer.scaling).sqrt()
+    layer.lora_A[found] = (V[:, found] * root).t().to(layer.lora_A.dtype)
+    layer.lora_B[:, found] = (U[:, found] * root).to(layer.lora_B.dtype)
     if layer.magnitude_offset is not None:
         layer.magnitude_offset.copy_(layer.weight_norm() - layer.base_norm())

@@ -3,11 +3,9 @@
 The record, `qdora_train.json`, is written when the training begins and again when all is done. It holds the settings
 and hashes of what is read (data files whole, the base by its fingerprint), so that the same command on the same
 directory is known to be the same run: unfinished, it goes on from its newest whole checkpoint; finished, or with other
-settings or inputs, it is refused, as is a directory whose run left no record.
-
-A checkpoint is written under `.unfinished/` and gets its name when it is complete and on the disk; one that is rotated
-away loses its name before its files go. So what has the name is whole, and checking it here guards against damage that
-others do. The names of the files in it are the trainer's.
+settings or inputs, it is refused, as is a directory whose run left no record. A run that goes on from another one's
+checkpoint records that too: up to there, what the checkpoints say of where a run ends is not of this one. Checkpoints
+that are no part of a run step aside; they are removed only if overwriting was asked for.
 """
 
 from __future__ import annotations
@@ -15,21 +13,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import shutil
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import TrainerCallback, TrainerState
 
 from qdora.distributed import processes, say
-from qdora.errors import CheckpointError, ConfigError, reason
-from qdora.flags import RunArguments
-from qdora.output import UNFINISHED, flush, put_in_place, write_json, writing
+from qdora.errors import CheckpointError, ConfigError
+from qdora.flags import OWN_OPTIMIZERS, RunArguments
+from qdora.kept import STATE_FILE, checkpoints_in, discard, fault_of, last_checkpoint, step_of
+from qdora.output import UNFINISHED, write_json, writing
 from qdora.shards import ShardReader, fingerprint
 
 __all__ = [
@@ -37,17 +33,11 @@ __all__ = [
     "RecordKeeper",
     "Start",
     "begin_record",
-    "clear_scratch",
     "finish_record",
-    "keep_newest",
-    "last_checkpoint",
-    "name_checkpoint",
-    "scratch_of",
     "start",
 ]
 
 RECORD_FILE = "qdora_train.json"
-_STATE_FILE = "trainer_state.json"
 # Not settings of the training: where a run is, and how it and each of its processes were started.
 _NOT_RECORDED = ("output_dir", "run_name", "resume_from_checkpoint", "local_rank")
 _NOT_COMPARED = ("overwrite_output_dir",)
@@ -62,13 +52,19 @@ class Start:
     """To go on from."""
     same: bool = False
     """Whether that checkpoint is of a run with these very settings."""
+    found: bool = False
+    """Whether the directory holds this very run, unfinished."""
+    began_from: str | None = None
+    """The checkpoint of another run that this one went on from."""
+    began_at: int = 0
+    """How many steps that had."""
 
     @property
     def trained(self) -> bool:
         """Whether nothing is left to train: the checkpoint is the last one, and the run ended while it was put away."""
         if self.checkpoint is None or not self.same:
             return False
-        state = TrainerState.load_from_json(str(Path(self.checkpoint) / _STATE_FILE))
+        state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE_FILE))
         control: Any = state.stateful_callbacks.get("TrainerControl", {})
         stopped = isinstance(control, dict) and control.get("args", {}).get("should_training_stop", False)
         return bool(state.global_step >= state.max_steps or stopped)
@@ -88,33 +84,87 @@ def start(run: RunArguments, training: Any, output_dir: Path) -> Start:
     record = _read_record(output_dir)
     other = None if record is None else _difference(record["settings"], settings)
     asked = str(training.resume_from_checkpoint).lower()
+    this = record if record is not None and not other else None
     if asked not in ("none", "false"):
         checkpoint = _asked_for(training.resume_from_checkpoint, output_dir)
-        is_here = checkpoint.resolve().parent == output_dir.resolve()
-        return Start(settings, str(checkpoint), same=is_here and record is not None and not other)
-    if record is not None and not record["finished"] and not other:
+        _check_optimizer(checkpoint, settings)
+        beginning = _from(checkpoint, settings, this if _is_in(checkpoint, output_dir) else None)
+        again = this is not None and not this["finished"] and this.get("began_from") == beginning.began_from
+        if _is_in(checkpoint, output_dir) or again:
+            return beginning
+    elif this is not None and not this["finished"]:
         # If the run that is there was started without that flag, the flag asks for a new beginning.
-        anew = run.overwrite_output_dir and not record["settings"].get("overwrite_output_dir")
+        anew = run.overwrite_output_dir and not this["settings"].get("overwrite_output_dir")
         if not anew:
-            return _go_on(settings, output_dir)
+            return _go_on(settings, output_dir, this)
+        beginning = Start(settings)
+    else:
+        beginning = Start(settings)
     if not run.overwrite_output_dir and (
-        record or (output_dir / "adapter_config.json").is_file() or _named(output_dir)
+        record or (output_dir / "adapter_config.json").is_file() or checkpoints_in(output_dir)
     ):
         raise ConfigError(
             f"{output_dir} holds an earlier run{_which(record, other)}, or pass --overwrite_output_dir true"
         )
-    return Start(settings)
+    return beginning
 
 
-def _go_on(settings: dict[str, Any], output_dir: Path) -> Start:
-    for checkpoint in reversed(_named(output_dir)):
-        fault = _fault(checkpoint, complete=True)
+def _from(checkpoint: Path, settings: dict[str, Any], record: dict[str, Any] | None) -> Start:
+    """From a checkpoint, which is this run's if it comes after where the run began.
+
+    Args:
+        record: of the directory that holds the checkpoint, if that is of a run with these settings.
+    """
+    step = TrainerState.load_from_json(str(checkpoint / STATE_FILE)).global_step
+    if record is not None and step > record.get("began_at", 0):
+        return Start(settings, str(checkpoint), True, True, record.get("began_from"), record.get("began_at", 0))
+    return Start(settings, str(checkpoint), found=record is not None, began_from=_place(checkpoint), began_at=step)
+
+
+def _go_on(settings: dict[str, Any], output_dir: Path, record: dict[str, Any]) -> Start:
+    named = checkpoints_in(output_dir)
+    if named and settings.get("save_only_model"):
+        raise ConfigError(
+            f"{output_dir} holds this run unfinished, and its checkpoints hold the adapter alone (--save_only_model); "
+            "go on with --resume_from_checkpoint last and a fresh optimizer, or choose another directory"
+        )
+    for checkpoint in reversed(named):
+        fault = fault_of(checkpoint, complete=True)
         if fault is None:
             say(f"{output_dir} holds this run unfinished; going on from {checkpoint.name}")
-            return Start(settings, str(checkpoint), same=True)
+            return _from(checkpoint, settings, record)
         say(f"{checkpoint} is not whole ({fault}); looking for an earlier one")
+    if record.get("began_from"):
+        raise ConfigError(
+            f"{output_dir} holds this run unfinished and without a whole checkpoint, and it began from another run's; "
+            f"pass --resume_from_checkpoint {record['began_from']} again, or choose another directory"
+        )
     say(f"{output_dir} holds this run unfinished, without a whole checkpoint; starting from the beginning")
-    return Start(settings)
+    return Start(settings, found=True)
+
+
+def _is_in(checkpoint: Path, output_dir: Path) -> bool:
+    return checkpoint.resolve().parent == output_dir.resolve()
+
+
+def _place(checkpoint: Path) -> str:
+    return str(checkpoint.resolve())
+
+
+def _check_optimizer(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """The state of one optimizer is none of another's, which would notice it late or never."""
+    record = _read_record(checkpoint.parent) or {"settings": {}}
+    there, here = record["settings"].get("optim"), settings["optim"]
+    if there is not None and _family(there) != _family(here) and (checkpoint / "optimizer.pt").is_file():
+        raise ConfigError(
+            f"{checkpoint} holds the state of --optim {there}, which is of no use to {here}; keep {there}, or remove "
+            f"optimizer.pt from it to go on with a fresh state"
+        )
+
+
+def _family(optim: str) -> str:
+    """Optimizers of one family can take over each other's state."""
+    return "own" if optim in OWN_OPTIMIZERS else optim.removeprefix("paged_").replace("adamw_bnb_8bit", "adamw_8bit")
 
 
 def _which(record: dict[str, Any] | None, other: str | None) -> str:
@@ -134,41 +184,12 @@ def _asked_for(wanted: Any, output_dir: Path) -> Path:
         if wanted is None:
             raise ConfigError(f"nothing to resume: {output_dir} holds no checkpoint; start without the flag")
     checkpoint = Path(wanted)
-    if not (checkpoint / _STATE_FILE).is_file():
+    if not (checkpoint / STATE_FILE).is_file():
         raise ConfigError(f"nothing to resume: {wanted} is not a trainer's checkpoint; name one, or `last`")
-    fault = _fault(checkpoint, complete=False)
+    fault = fault_of(checkpoint, complete=False)
     if fault is not None:
         raise CheckpointError(f"{checkpoint} is damaged or cut short ({fault}); resume from an earlier one by its name")
     return checkpoint
-
-
-def _fault(checkpoint: Path, complete: bool) -> str | None:
-    """What is wrong with a checkpoint; None if it can be gone on from.
-
-    Args:
-        complete: what `--save_only_model` leaves out is a fault too, for the run would not end with the same bits.
-    """
-    random_states = list(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
-    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states]
-    tensors = [checkpoint / "adapter_model.safetensors", *checkpoint.glob("magnitude_offsets.safetensors")]
-    try:
-        TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
-        for path in tensors if complete else ():
-            with safe_open(path, framework="pt"):
-                pass
-        for path in states if complete else filter(Path.is_file, states):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile(path.name)
-    except Exception as error:
-        # zipfile raises a dozen kinds of errors, and a damaged state as many again
-        return reason(error)
-    return None
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, if there is one."""
-    return next((path for path in reversed(_named(output_dir)) if (path / _STATE_FILE).is_file()), None)
 
 
 def begin_record(beginning: Start, output_dir: Path) -> None:
@@ -176,26 +197,32 @@ def begin_record(beginning: Start, output_dir: Path) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     for left in output_dir.glob(f"*{UNFINISHED}*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    if beginning.checkpoint is None:
-        for checkpoint in _named(output_dir):  # of the run that this one overwrites, or cut short
-            _discard(checkpoint)
+    if beginning.checkpoint is None and not beginning.found:
+        for checkpoint in checkpoints_in(output_dir):  # of the run that this one overwrites
+            discard(checkpoint)
     elif not beginning.same:
-        _set_aside_after(_step_of(Path(beginning.checkpoint)), output_dir)
-    write_json(output_dir / RECORD_FILE, {"finished": False, "settings": beginning.settings})
+        is_here = beginning.checkpoint is not None and _is_in(Path(beginning.checkpoint), output_dir)
+        _set_aside_after(beginning.began_at if is_here else -1, output_dir)
+    _write_record(beginning, output_dir, finished=False)
+
+
+def _write_record(beginning: Start, output_dir: Path, finished: bool) -> None:
+    origin = {"began_from": beginning.began_from, "began_at": beginning.began_at} if beginning.began_from else {}
+    write_json(output_dir / RECORD_FILE, {"finished": finished, **origin, "settings": beginning.settings})
 
 
 def _set_aside_after(step: int, output_dir: Path) -> None:
-    """Later checkpoints are of the course that was left: none may be taken for this run's newest."""
-    for checkpoint in _named(output_dir):
-        if _step_of(checkpoint) > step:
+    """Later checkpoints are damaged or of a course that was left: none may be taken for this run's newest."""
+    for checkpoint in checkpoints_in(output_dir):
+        if step_of(checkpoint) > step:
             aside = tempfile.mkdtemp(prefix=f"earlier-{checkpoint.name}-", dir=output_dir)
             checkpoint.rename(aside)
-            say(f"{checkpoint} is of the run with the earlier settings; it is {Path(aside).name} now")
+            say(f"{checkpoint} is no part of the run that goes on; it is {Path(aside).name} now")
 
 
 def finish_record(beginning: Start, output_dir: Path) -> None:
     """The last that a run writes."""
-    write_json(output_dir / RECORD_FILE, {"finished": True, "settings": beginning.settings})
+    _write_record(beginning, output_dir, finished=True)
 
 
 class RecordKeeper(TrainerCallback):
@@ -209,52 +236,7 @@ class RecordKeeper(TrainerCallback):
         if state.is_world_process_zero and not (out / RECORD_FILE).is_file():
             say(f"{out} was taken away since the training began; it was made again with checkpoint-{state.global_step}")
             with writing(out):
-                write_json(out / RECORD_FILE, {"finished": False, "settings": self._beginning.settings})
-
-
-def scratch_of(output_dir: Path) -> Path:
-    """Where checkpoints are written, the same for all processes."""
-    return output_dir / UNFINISHED
-
-
-def clear_scratch(output_dir: Path) -> None:
-    """Remove what is there, as far as that is possible."""
-    shutil.rmtree(scratch_of(output_dir), ignore_errors=True)
-
-
-def name_checkpoint(scratch: Path, checkpoint: Path) -> None:
-    """Give a complete checkpoint its name, once it is on the disk."""
-    flush(scratch)
-    put_in_place(scratch, checkpoint)
-
-
-def keep_newest(output_dir: Path, limit: int | None, newest: Path, best: str | None) -> None:
-    """Remove checkpoints until `limit` are left, the oldest first, the newest and the best never."""
-    if limit is None or limit <= 0:
-        return
-    kept = {newest, *([] if best is None else [Path(best)])}
-    others = [path for path in _named(output_dir) if path not in kept]
-    for path in others[: max(0, len(others) + len(kept) - max(limit, len(kept)))]:
-        _discard(path)
-
-
-def _discard(checkpoint: Path) -> None:
-    nameless = scratch_of(checkpoint.parent) / checkpoint.name
-    nameless.parent.mkdir(exist_ok=True)
-    checkpoint.rename(nameless)
-    clear_scratch(checkpoint.parent)
-
-
-def _named(output_dir: Path) -> list[Path]:
-    """What is called a checkpoint, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if _step_of(path) >= 0 and path.is_dir()]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    """-1 if it is not called after one."""
-    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-    return int(match[1]) if match else -1
+                _write_record(self._beginning, out, finished=False)
 
 
 def _settings(run: RunArguments, training: Any) -> dict[str, Any]:

@@ -20,21 +20,22 @@ from qdora.answers import Question, answer, count_matches
 from qdora.callbacks import TellWhereItBegins
 from qdora.checkpoint import load_adapter, save_adapter
 from qdora.distributed import gathered, whole
-from qdora.errors import ConfigError, NumericsError
+from qdora.errors import ConfigError, NumericsError, reason
 from qdora.groups import Rates, parameter_groups, rates_by_part
+from qdora.kept import clear_scratch, keep_newest, name_checkpoint, scratch_of
 from qdora.loss import CHUNK_BYTES, IGNORED
 from qdora.measure import score
 from qdora.numerics import FiniteGuard, check_weights, first_bad_output
 from qdora.output import whole_files, writing
 from qdora.packing import check_rows_apart
 from qdora.progress import Progress, Speedometer
-from qdora.resume import clear_scratch, keep_newest, name_checkpoint, scratch_of
 from qdora.scoring import ScoredModel
 from qdora.sharding import Sharding, shard_root
 
 __all__ = ["AdapterTrainer"]
 
 
+_ASKED_ANEW = {"weight_decay", "betas", "eps"}
 _MAKE_ROOM = "make room, and the same command goes on from the newest checkpoint that is there"
 
 
@@ -263,6 +264,8 @@ class AdapterTrainer(SFTTrainer):
                 super()._save_checkpoint(model, trial)
                 if self.state.best_model_checkpoint == str(self._saving_to / name):
                     self.state.best_model_checkpoint = str(checkpoint)
+                else:
+                    self.state.best_model_checkpoint = self._best_checkpoint()
                 if self.args.should_save:
                     self.state.save_to_json(str(self._saving_to / name / "trainer_state.json"))
                     name_checkpoint(self._saving_to / name, checkpoint)
@@ -285,9 +288,15 @@ class AdapterTrainer(SFTTrainer):
     def stand_at(self, checkpoint: str) -> None:
         """As after a training whose last checkpoint this is: what was to be kept is loaded, nothing is trained."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        self.state.best_model_checkpoint = self._best_checkpoint()
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         load_adapter(self.model, best or checkpoint)
         self.create_optimizer()
+
+    def _best_checkpoint(self) -> str | None:
+        """That of the best evaluation, by its step: the directory may be called otherwise than when that was noted."""
+        here = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        return str(here) if here.is_dir() else self.state.best_model_checkpoint
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._sharding is None:
@@ -299,6 +308,19 @@ class AdapterTrainer(SFTTrainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The trainer's; with decay and betas as they are asked for now. A rate is the schedule's, and goes on."""
+        self.state.best_model_checkpoint = self._best_checkpoint()  # the trainer forgets one that moved
+        asked = [{name: group[name] for name in _ASKED_ANEW & group.keys()} for group in self.optimizer.param_groups]
+        try:
+            self._load_states(checkpoint)
+        except ValueError as error:
+            raise ConfigError(
+                f"{checkpoint} is of a run that trained otherwise: {reason(error)}; keep its --optim, --freeze and adapter"
+            ) from None
+        for group, values in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update(values)
+
+    def _load_states(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.args.world_size == 1:
             super()._load_optimizer_and_scheduler(checkpoint)
             return

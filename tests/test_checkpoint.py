@@ -348,7 +348,7 @@ def test_pickled_adapters_and_whole_numbers(tiny_adapter: Path, tmp_path: Path) 
     tensors = load_file(adapter / WEIGHTS_FILE)
     key = next(iter(tensors))
     save_file({**tensors, key: tensors[key].to(torch.int64)}, adapter / WEIGHTS_FILE)
-    with pytest.raises(CheckpointError, match="holds whole numbers"):
+    with pytest.raises(CheckpointError, match=r"holds torch\.int64 in .*an adapter is in float32 or 16 bits"):
         read_adapter(adapter)
     (adapter / WEIGHTS_FILE).rename(adapter / "adapter_model.bin")
     with pytest.raises(

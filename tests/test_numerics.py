@@ -219,6 +219,25 @@ def guard_with(scaler: Any) -> FiniteGuard:
     return FiniteGuard(model, lambda batch, _: model(batch["x"]).sum(), scaler=scaler)
 
 
+def test_a_step_without_loss_moves_nothing_in_fp16_either() -> None:
+    parameter, module = nn.Parameter(torch.ones(4)), nn.Module()
+    module.register_parameter("p", parameter)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-2)
+    parameter.grad = torch.ones(4)
+    optimizer.step()
+    before, scaler = parameter.detach().clone(), torch.amp.GradScaler("cpu")
+    guard = FiniteGuard(module, lambda *_: None, scaler=scaler)
+    guard.begin(torch.tensor(0.0))
+    optimizer.zero_grad()
+    loss = (parameter * 0).sum()
+    scaler.scale(loss).backward()
+    guard.add({"labels": torch.full((1, 4), -100)}, loss, torch.tensor(0))
+    scaler.unscale_(optimizer)
+    assert not guard.passes(nn.utils.clip_grad_norm_([parameter], 1.0), 2)
+    scaler.step(optimizer)
+    assert torch.equal(parameter, before)
+
+
 def test_the_scaler_of_fp16_may_overflow() -> None:
     """While it looks for its scale; once that is below 1, the gradients themselves are too large."""
     batch = {"x": torch.ones(2, 4), "labels": torch.ones(2, 4, dtype=torch.long)}

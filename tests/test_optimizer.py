@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,6 +104,43 @@ def test_resuming_gives_the_same_bits() -> None:
     run(resumed, again, gradients[5:])
     for a, b in zip(values, again, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_state_fits_whatever_dtype_it_is_loaded_for(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    def stepped(parameter: torch.nn.Parameter, state: dict[str, Any] | None, steps: int) -> CompensatedAdamW:
+        optimizer = CompensatedAdamW([parameter])
+        if state is not None:
+            optimizer.load_state_dict(state)
+        optimizer.param_groups[0]["lr"] = 1e-4
+        for _ in range(steps):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        return optimizer
+
+    before, after = (torch.nn.Parameter(torch.ones(64, dtype=dtype)) for dtype in dtypes)
+    first = stepped(before, None, 1)
+    second = stepped(after, first.state_dict(), 100)
+    assert ("compensation" in second.state[after]) == (after.dtype == torch.bfloat16)
+    assert all(value.dtype == after.dtype for value in second.state[after].values())
+    assert (after.float() - 0.99).abs().max() < 2e-3
+
+
+def test_a_state_of_something_else_is_refused() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    ours, torchs = CompensatedAdamW(parameters), torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    for optimizer in (ours, torchs):
+        optimizer.step()
+    for other, message in (
+        (CompensatedAdamW(parameters[:1]), r"groups of \[2\] parameters, and there are \[1\]"),
+        (CompensatedAdamW([torch.nn.Parameter(torch.ones(n)) for n in (3, 4)]), r"other parameters: \(3,\) .* \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(ours.state_dict())
+    with pytest.raises(ValueError, match="of another optimizer"):
+        ours.load_state_dict(torchs.state_dict())
 
 
 def test_closures_and_other_dtypes() -> None:

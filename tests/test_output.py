@@ -141,6 +141,31 @@ def test_files_come_whole_or_not_at_all(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_kill_between_two_files_leaves_no_mixture(
+    changed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(config: str, weights: str) -> None:
+        with whole_files(tmp_path, last="config") as scratch:
+            (scratch / "config").write_text(config)
+            (scratch / "weights").write_text(weights)
+
+    write("old", "old")
+    replace, moved = Path.replace, []
+
+    def once(self: Path, target: Path) -> Path:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", once)
+    with pytest.raises(KeyboardInterrupt):
+        write("new" if changed else "old", "new")
+    assert moved == ["weights"]
+    assert (tmp_path / "config").exists() != changed
+
+
 SAVE = """
 import sys, torch
 from pathlib import Path

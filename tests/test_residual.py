@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import qdora
-from qdora import CheckpointError, ConfigError
+from qdora import AdapterConfig, CheckpointError, ConfigError
 from qdora.inject import adapted_linears
 from qdora.residual import begin_with_residual
 from tests.conftest import make_model
+from tests.test_numerics import spoil
 
 
 def load(nf4: Path, **settings: object) -> torch.nn.Module:
@@ -53,6 +55,30 @@ def test_the_model_comes_nearer_to_its_original(tiny: Path, tiny_nf4: Path) -> N
 def test_a_rank_beyond_the_matrix(tiny: Path, tiny_nf4: Path) -> None:
     model = load(tiny_nf4, rank=80, target_modules=("v_proj",))
     assert begin_with_residual(model, tiny).error_after < 1e-5
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_where_there_is_no_error_it_begins_as_any_adapter(tiny: Path, tmp_path: Path, use_dora: bool) -> None:
+    qdora.quantize(tiny, tmp_path / "nf4", skip_modules=["down_proj"])
+    model = qdora.load_model(tmp_path / "nf4", adapter=AdapterConfig(rank=4, use_dora=use_dora))
+    layers = adapted_linears(model)
+    drawn = {path: layer.lora_A.clone() for path, layer in layers.items()}
+    begin_with_residual(model, tiny)
+    for path, layer in layers.items():
+        if path.endswith("down_proj"):
+            assert torch.equal(layer.lora_A, drawn[path])
+            assert not layer.lora_B.any()
+            assert not use_dora or not layer.magnitude_offset.any()
+        else:
+            assert layer.lora_B.any()
+
+
+def test_an_original_that_is_not_finite(tiny: Path, tiny_nf4: Path, tmp_path: Path) -> None:
+    bad = shutil.copytree(tiny, tmp_path / "bad")
+    spoil(bad, "model.layers.0.mlp.up_proj.weight", float("nan"), row=0)
+    model = qdora.load_model(tiny_nf4, adapter=AdapterConfig(rank=4))
+    with pytest.raises(CheckpointError, match=r"not finite in the weight of model\.layers\.0\.mlp\.up_proj"):
+        begin_with_residual(model, bad)
 
 
 def test_mistakes(tiny: Path, tiny_nf4: Path, tmp_path: Path) -> None:

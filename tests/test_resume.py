@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -170,6 +171,144 @@ def test_early_stopping_is_as_patient_as_it_was(tiny_nf4: Path, pairs_file: Path
     (out / "qdora_train.json").write_text(json.dumps({**record, "finished": False}))
     again = quick(tiny_nf4, pairs_file, out, **flags)
     assert (again.steps, again.best_step, again.eval_loss) == (report.steps, report.best_step, report.eval_loss)
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._step:
+            raise KeyboardInterrupt
+
+
+def killed(step: int, model: Path, data: Path, out: Path, **flags: Any) -> None:
+    """A run that ends in the middle of a step."""
+    build = qdora.verbs.train.build_trainer
+
+    def built(*arguments: Any) -> Any:
+        trainer = build(*arguments)
+        trainer.add_callback(Kill(step))
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qdora.verbs.train.build_trainer", built)
+        with pytest.raises(KeyboardInterrupt):
+            quick(model, data, out, **flags)
+
+
+def weights_of(directory: Path) -> bytes:
+    return (directory / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("again", [{}, {"resume_from_checkpoint": "last"}])
+def test_a_longer_run_that_is_killed_early_is_not_taken_for_the_shorter_one(
+    again: dict[str, Any], tiny_nf4: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    flags = {"save_steps": 2, "lora_dropout": 0.1}
+    for name in ("out", "whole"):
+        quick(tiny_nf4, pairs_file, tmp_path / name, **flags, max_steps=2)
+    longer = {**flags, "max_steps": 5, "resume_from_checkpoint": "last"}
+    quick(tiny_nf4, pairs_file, tmp_path / "whole", **longer)
+    for step in (3, 5):  # before its first own checkpoint, and after it
+        killed(step, tiny_nf4, pairs_file, tmp_path / "out", **longer)
+    assert (
+        quick(tiny_nf4, pairs_file, tmp_path / "out", **{**longer, "resume_from_checkpoint": None, **again}).steps == 5
+    )
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    record = json.loads((tmp_path / "out" / "qdora_train.json").read_text())
+    assert (record["finished"], record["began_at"]) == (True, 2)
+
+
+def test_checkpoints_that_hold_the_adapter_alone_are_kept(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    flags = {"save_only_model": True, "save_steps": 2, "max_steps": 4}
+    killed(3, tiny_nf4, pairs_file, tmp_path, **flags)
+    with pytest.raises(
+        ConfigError, match=r"adapter alone \(--save_only_model\); go on with --resume_from_checkpoint last"
+    ):
+        quick(tiny_nf4, pairs_file, tmp_path, **flags)
+    assert (tmp_path / "checkpoint-2").is_dir()
+    assert quick(tiny_nf4, pairs_file, tmp_path, **flags, resume_from_checkpoint="last").steps == 4
+
+
+def test_damaged_checkpoints_are_set_aside_and_not_removed(
+    whole: Path, out: Path, tiny_nf4: Path, pairs_file: Path
+) -> None:
+    for checkpoint in out.glob("checkpoint-*"):
+        (checkpoint / "optimizer.pt").write_bytes(b"PK")
+    quick(tiny_nf4, pairs_file, out, **FLAGS)
+    assert len(list(out.glob("earlier-checkpoint-*"))) == 4
+    assert weights_of(out) == weights_of(whole)
+
+
+def test_a_disk_that_does_not_answer_is_no_damage(
+    out: Path, tiny_nf4: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("qdora.kept.zipfile.ZipFile", fails)
+    with pytest.raises(CheckpointError, match=r"cannot read .*checkpoint-7.*later"):
+        quick(tiny_nf4, pairs_file, out, **FLAGS)
+    assert len(list(out.glob("checkpoint-*"))) == 4
+
+
+BEST = {
+    "save_total_limit": 1,
+    "eval_steps": 1,
+    "max_steps": 4,
+    "greater_is_better": True,  # so that the first is the best
+}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_best_is_found_where_the_directory_was_moved(
+    finished: bool, tiny_nf4: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    flags = {**BEST, "eval_dataset": str(pairs_file)}
+    if finished:
+        quick(tiny_nf4, pairs_file, tmp_path / "before", **flags)
+    else:
+        killed(3, tiny_nf4, pairs_file, tmp_path / "before", **flags)
+    out = (tmp_path / "before").rename(tmp_path / "after")
+    best = weights_of(out / "checkpoint-1")
+    again = {"resume_from_checkpoint": "last"} if finished else {}
+    assert quick(tiny_nf4, pairs_file, out, **flags, **again).best_step == 1
+    assert weights_of(out) == best
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
+
+
+def test_another_run_s_checkpoint_does_not_mix_with_what_is_there(
+    out: Path, tiny_nf4: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    quick(tiny_nf4, pairs_file, there, max_steps=1, save_steps=1)
+    flags = {"max_steps": 9, "save_steps": 9, "resume_from_checkpoint": str(out / "checkpoint-7")}
+    with pytest.raises(ConfigError, match="there holds an earlier run with other settings"):
+        quick(tiny_nf4, pairs_file, there, **flags)
+    flags["overwrite_output_dir"] = True
+    killed(8, tiny_nf4, pairs_file, there, **flags)
+    assert [path.name.rpartition("-")[0] for path in there.glob("*checkpoint-*")] == ["earlier-checkpoint-1"]
+    with pytest.raises(ConfigError, match=rf"another run's; pass --resume_from_checkpoint {out}/checkpoint-7 again"):
+        quick(tiny_nf4, pairs_file, there, **{**flags, "resume_from_checkpoint": None})
+    assert quick(tiny_nf4, pairs_file, there, **{**flags, "overwrite_output_dir": False}).steps == 9
+
+
+def test_another_optimizer_or_other_parts(out: Path, tiny_nf4: Path, pairs_file: Path) -> None:
+    last = {**FLAGS, "resume_from_checkpoint": str(out / "checkpoint-4")}
+    with pytest.raises(ConfigError, match=r"holds the state of --optim \w+, which is of no use to adafactor; keep"):
+        quick(tiny_nf4, pairs_file, out, **last, optim="adafactor")
+    with pytest.raises(
+        ConfigError, match=r"trained otherwise: .* groups of \[28, 14\] parameters, and there are \[28\]; keep"
+    ):
+        quick(tiny_nf4, pairs_file, out, **last, freeze="magnitude")
+
+
+def test_the_decay_is_the_one_that_is_asked_for_now(out: Path, tiny_nf4: Path, pairs_file: Path) -> None:
+    quick(tiny_nf4, pairs_file, out, **FLAGS, weight_decay=0.5, resume_from_checkpoint=str(out / "checkpoint-6"))
+    state = torch.load(out / "checkpoint-7" / "optimizer.pt", weights_only=True)
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.5, 0.5]
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing(cases: dict[str, Case], launcher: Launcher, tmp_path: Path) -> None:
