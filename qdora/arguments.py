@@ -105,6 +105,7 @@ def _check_evaluation(run: RunArguments, training: Any) -> None:
         raise ConfigError(f"--eval_exact_match is a number of rows, found {run.eval_exact_match}")
     if run.eval_exact_match and strategy == "no":
         raise ConfigError("--eval_exact_match answers rows at each evaluation; it needs data to evaluate on")
+    _check_metric(run, training)
     if run.early_stopping_patience is None:
         return
     if run.early_stopping_patience < 1:
@@ -114,6 +115,19 @@ def _check_evaluation(run: RunArguments, training: Any) -> None:
             "--early_stopping_patience needs evaluations and the best checkpoint: give --eval_dataset or "
             "--validation_split_percentage, and --load_best_model_at_end true if you set --save_strategy yourself"
         )
+
+
+def _check_metric(run: RunArguments, training: Any) -> None:
+    """A metric that is never measured would end a run at its first evaluation."""
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric == "exact_match" and not run.eval_exact_match:
+        raise ConfigError("--metric_for_best_model exact_match needs --eval_exact_match, the number of rows to answer")
+    if training.label_smoothing_factor or training.loss_type not in ("nll", "chunked_nll"):
+        known = ["loss", "exact_match"]  # the perplexity of a loss that is no likelihood means nothing
+    else:
+        known = ["loss", "perplexity", "exact_match"]
+    if metric not in known:
+        raise ConfigError(f"--metric_for_best_model must be one of {', '.join(known)}, found {metric!r}")
 
 
 def _check_together(run: RunArguments, training: Any) -> None:

@@ -2,7 +2,7 @@
 
 Magnitude and direction are what DoRA takes a weight apart into, and they need not learn alike. Weight decay pulls the
 magnitude towards the base weight's, for what is stored is the offset from that; it pulls B towards zero, which is the
-base's direction.
+base's direction. Norms and biases that are trained whole have no decay, as in transformers: gains of 1 would go to 0.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from qdora.errors import ConfigError
 __all__ = ["DIRECTION", "MAGNITUDE", "WHOLE", "Rates", "freeze_part", "parameter_groups", "rates_by_part"]
 
 MAGNITUDE, DIRECTION, WHOLE = "magnitude", "direction", "modules to save"
+_VECTORS = "modules to save, without decay"
 _ONLY_B = "direction, B"
 _PART_OF = {"magnitude_offset": MAGNITUDE, "lora_A": DIRECTION, "lora_B": DIRECTION}
 
@@ -68,6 +69,8 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group, rate, decay = rates.of(name)
+            if group == WHOLE and parameter.dim() < 2:
+                group, decay = _VECTORS, 0.0
             entry = groups.setdefault(group, {"params": [], "lr": rate, "weight_decay": decay, "name": group})
             entry["params"].append(parameter)
     return list(groups.values())

@@ -1,7 +1,8 @@
 """Whether everything moves that should: a trained tensor in which not one value has changed is reported.
 
 What is kept of each tensor is one number, a sum of its bits in which every position weighs differently; no copies. It
-is looked at twice, when the warm-up is some steps over and when training ends, and costs nothing in between.
+is looked at twice, when the warm-up is some steps over and when training ends (where it is stopped early: at the last
+checkpoint, before the best is put back), and costs nothing in between.
 
 At the very first step only B can move, for A's gradient is a product with B, which begins at 0; so nothing is said of
 runs of fewer than three steps. A part that was frozen, or given a rate of 0, is not expected to move.
@@ -21,6 +22,7 @@ __all__ = ["MovementWatch", "fingerprint"]
 
 _STEPS_AFTER_WARMUP = 10
 _FEWEST_STEPS = 3
+_VALUES_AT_ONCE = 2**20
 _KINDS = {"magnitude_offset": "magnitudes", "lora_A": "A", "lora_B": "B"}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,8 +30,13 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(tensor: Tensor) -> Tensor:
     """A number that almost surely changes when a bit of the tensor does, () int64 on its device."""
     held = local(tensor.detach())
-    bits = held.contiguous().view(_BITS[held.element_size()]).flatten().long()
-    return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
+    bits = held.contiguous().view(_BITS[held.element_size()]).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    # A part at a time: in int64 a whole embedding would take a dozen times its own memory.
+    for start in range(0, len(bits), _VALUES_AT_ONCE):
+        part = bits[start : start + _VALUES_AT_ONCE].long()
+        total += part.mul_(torch.arange(start + 1, start + 1 + len(part), device=part.device)).sum()
+    return total
 
 
 class MovementWatch(TrainerCallback):
@@ -49,8 +56,16 @@ class MovementWatch(TrainerCallback):
         self._before = {name: fingerprint(p) for name, p in model.named_parameters() if id(p) in moving}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        done = state.global_step - self._first
-        if done < _FEWEST_STEPS or state.global_step not in (self._when, state.max_steps):
+        if state.global_step in (self._when, state.max_steps):
+            self._tell(state.global_step, model)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if control.should_training_stop:
+            self._tell(state.global_step, model)
+
+    def _tell(self, step: int, model: Any) -> None:
+        done = step - self._first
+        if done < _FEWEST_STEPS:
             return
         earlier, self._remark = self._remark, self._look(model, done)
         if self._remark is not None and earlier is None and is_main():

@@ -68,13 +68,15 @@ class ScoredModel(nn.Module):
             return False
         was_training = model.training
         model.eval()
-        ids = torch.tensor([[0, 1]], device=model.device)
-        hidden: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
-        same = torch.equal(
-            functional.linear(hidden, head.weight, head.bias), model(input_ids=ids, use_cache=False).logits
-        )
-        model.train(was_training)
-        return same
+        try:
+            ids = torch.tensor([[0, 1]], device=model.device)
+            hidden: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+            if hidden.dtype != head.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+                return False  # Mamba's hidden states are fp32, and its head's input is rounded
+            return torch.equal(functional.linear(hidden, head.weight, head.bias), logits)
+        finally:
+            model.train(was_training)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

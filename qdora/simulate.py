@@ -173,7 +173,11 @@ def _loss_peak(head: nn.Module, positions: int, chunk_bytes: int) -> int:
     assert isinstance(weight, Tensor)
     with FakeTensorMode():
         weight_VH = torch.empty(weight.shape, dtype=weight.dtype, requires_grad=weight.requires_grad)
-        bias_V = torch.empty(bias.shape, dtype=bias.dtype) if isinstance(bias, Tensor) else None
+        bias_V = (
+            torch.empty(bias.shape, dtype=bias.dtype, requires_grad=bias.requires_grad)
+            if isinstance(bias, Tensor)
+            else None
+        )
         hidden = torch.empty(positions, weight.shape[1], dtype=weight.dtype, requires_grad=True)
         chosen, labels = (torch.zeros(positions, dtype=torch.long) for _ in range(2))
         ledger = Ledger()

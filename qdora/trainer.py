@@ -34,7 +34,6 @@ from qdora.sharding import Sharding, shard_root
 
 __all__ = ["AdapterTrainer"]
 
-
 _ASKED_ANEW = {"weight_decay", "betas", "eps"}
 _MAKE_ROOM = "make room, and the same command goes on from the newest checkpoint that is there"
 
@@ -51,8 +50,8 @@ class AdapterTrainer(SFTTrainer):
         rates: of magnitude and direction; by default both have the trainer's.
         asked: questions to answer at each evaluation.
         skips_nonfinite: leave out a step whose loss or gradient is not finite, instead of stopping.
-        keep: how many checkpoints, or all. The trainer's own `save_total_limit` must be off: it removes them in place,
-            where a kill would leave half of one under its name.
+        keep: how many checkpoints, or all. The trainer's own `save_total_limit` must be off, for it removes them in
+            place: a kill would leave half of one under its name.
         settings: of `SFTTrainer`, the model among them.
     """
 
@@ -171,9 +170,12 @@ class AdapterTrainer(SFTTrainer):
     ) -> Any:
         """Loss a token over all rows, whatever batches they came in; perplexity; exact matches, if asked for."""
         if self._other_loss():
-            return super().evaluation_loop(
+            output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+            if self._asked:
+                output.metrics[f"{metric_key_prefix}_exact_match"] = self._exact_match()
+            return output
         self.callback_handler.eval_dataloader = dataloader
         entry = self._wrap_model(self.model, training=False)
         entry.eval()
@@ -315,7 +317,8 @@ class AdapterTrainer(SFTTrainer):
             self._load_states(checkpoint)
         except ValueError as error:
             raise ConfigError(
-                f"{checkpoint} is of a run that trained otherwise: {reason(error)}; keep its --optim, --freeze and adapter"
+                f"{checkpoint} is of a run that trained otherwise: {reason(error)}; keep its --optim and --freeze, and "
+                "the adapter's flags"
             ) from None
         for group, values in zip(self.optimizer.param_groups, asked, strict=True):
             group.update(values)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
 
 import qdora
-from qdora import ConfigError
+from qdora import AdapterConfig, ConfigError
 from qdora.groups import Rates, freeze_part, parameter_groups, rates_by_part
 
 
@@ -39,6 +40,20 @@ def test_each_part_has_its_rates(model: torch.nn.Module) -> None:
 def test_freezing(model: torch.nn.Module, part: str, left: int) -> None:
     freeze_part(model, part)
     assert sum(len(group["params"]) for group in parameter_groups(model, Rates(1.0))) == left
+
+
+def test_vectors_that_are_trained_whole_do_not_decay(tiny_nf4: Path) -> None:
+    config = AdapterConfig(rank=2, modules_to_save=("lm_head", "input_layernorm", "norm"))
+    model = qdora.load_model(tiny_nf4, adapter=config)
+    decay = {name: 0.1 for name, p in model.named_parameters() if p.requires_grad}
+    usual = set(Trainer.get_decay_parameter_names(None, model))
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    for group in parameter_groups(model, Rates(1e-3, weight_decay=0.1)):
+        for parameter in group["params"]:
+            decay[by_id[id(parameter)]] = group["weight_decay"]
+    whole = {name: value for name, value in decay.items() if ".trained." in name}
+    assert len(whole) == 4
+    assert whole == {name: 0.1 if name in usual else 0.0 for name in whole}
 
 
 def test_mistakes(tiny_nf4: Path) -> None:

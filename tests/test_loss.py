@@ -33,6 +33,51 @@ def test_loss_and_gradient(dtype: torch.dtype, budget: float, bias: bool, chunk:
     assert (hidden.grad.double() - h.grad).norm() <= budget * h.grad.norm()
 
 
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("trained", ["all", "bias", "weight"])
+def test_a_head_that_is_trained_whole(dtype: torch.dtype, budget: float, trained: str) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 11, 16).to(dtype).requires_grad_(trained == "all")
+    weight, bias = torch.randn(50, 16).to(dtype), torch.randn(50).to(dtype)
+    weight.requires_grad_(trained != "bias")
+    bias.requires_grad_(trained != "weight")
+    labels = torch.randint(0, 50, (3, 11))
+    (answer_loss(hidden, weight, labels, bias, 4 * 50 * 7) / 7).backward()
+
+    h, w, b = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias))
+    logits = (h @ w.t() + b)[:, :-1].reshape(-1, 50)
+    (torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum") / 7).backward()
+    for ours, exact in ((hidden, h), (weight, w), (bias, b)):
+        assert (ours.grad is None) == (not ours.requires_grad)
+        if ours.grad is not None:
+            assert (ours.grad.double() - exact.grad).norm() <= budget * exact.grad.norm()
+
+
+@pytest.mark.parametrize("tokens", [387, 700])
+def test_the_factor_of_the_loss_is_not_rounded(tokens: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(1, tokens, 64).bfloat16().requires_grad_()
+    loss = answer_loss(hidden, torch.randn(50, 64).bfloat16(), torch.randint(0, 50, (1, tokens)))
+    (whole,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (part,) = torch.autograd.grad(loss / tokens, hidden)
+    ratio = float((part.double() * whole.double()).sum() / whole.double().square().sum()) * tokens
+    assert abs(ratio - 1) < 2e-4  # 2e-3, if 1/tokens were in bf16
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_hidden_states_and_head_of_two_dtypes_under_autocast(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 9, 16).to(dtypes[0]).requires_grad_()
+    weight, labels = torch.randn(50, 16).to(dtypes[1]), torch.randint(0, 50, (1, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        answer_loss(hidden, weight, labels).backward()
+    h = hidden.detach().double().requires_grad_()
+    logits = (h @ weight.double().t())[0, :-1]
+    torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").backward()
+    assert hidden.grad.dtype == dtypes[0]
+    assert (hidden.grad.double() - h.grad).norm() <= 2e-2 * h.grad.norm()
+
+
 def test_nothing_to_learn_is_zero_not_nan() -> None:
     hidden = torch.randn(1, 4, 8, requires_grad=True)
     loss = answer_loss(hidden, torch.randn(5, 8), torch.full((1, 4), IGNORED))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config
+from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, MambaConfig
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, arithmetic
@@ -18,6 +18,7 @@ from qdora.dense import DenseWeight
 from qdora.inject import adapted_linears
 from qdora.model import trainable_parameters
 from qdora.nf4 import NF4Weight
+from qdora.scoring import ScoredModel
 from tests.conftest import make_model
 from tests.memory import peak_of
 from tests.mutate import CANARY_CODE
@@ -185,3 +186,11 @@ def test_an_adapter_beside_a_model_is_not_loaded_with_it(tiny: Path, tiny_adapte
     shutil.copy(tiny_adapter / "adapter_config.json", directory)
     with pytest.raises(CheckpointError, match=r"an adapter .* beside the model"):
         qdora.load_model(directory)
+
+
+def test_a_head_whose_input_is_rounded_is_not_plain(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4}
+    config = MambaConfig(**sizes, residual_in_fp32=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    assert not ScoredModel(model).head_is_plain()
+    assert model.training

@@ -57,6 +57,20 @@ def test_when_it_looks_and_what_it_says(capsys: pytest.CaptureFixture[str]) -> N
     assert str(watch.remark()).startswith("not moved in 35 steps: 1 of 2 magnitudes, first 1.magnitude_offset;")
 
 
+def test_a_run_that_is_stopped_early_is_looked_at(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    flags = {"validation_split_percentage": 25, "early_stopping_patience": 3, "eval_steps": 1, "max_steps": 30}
+    report = quick(tiny_nf4, pairs_file, tmp_path, **flags, learning_rate=1e-30)
+    assert report.steps == 4
+    assert "not moved in 4 steps" in str(report)
+
+
+def test_it_takes_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(50, 7).bfloat16()
+    at_once = fingerprint(values)
+    monkeypatch.setattr("qdora.movement._VALUES_AT_ONCE", 11)
+    assert torch.equal(fingerprint(values), at_once)
+
+
 def test_a_run_says_so(tiny_nf4: Path, pairs_file: Path, tmp_path: Path, capsys: Any) -> None:
     """Plain SGD at this rate moves no bit of most of A, which is bf16."""
     report = quick(tiny_nf4, pairs_file, tmp_path, max_steps=4, optim="sgd", save_strategy="no", logging_steps=4)

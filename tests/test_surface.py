@@ -28,7 +28,7 @@ LAYERS = [
         *{"data", "dora", "whole", "kinship", "measure", "movement", "numerics", "packing", "progress", "report"},
         *{"resume", "scoring", "screens"},
     },
-    {"layouts"},
+    {"layouts", "kept"},
     {
         "nf4",
         "ledger",

@@ -78,6 +78,39 @@ def test_exact_match_while_training(tiny_nf4: Path, tmp_path: Path) -> None:
         quick(tiny_nf4, text, tmp_path / "text", eval_dataset=str(text), eval_exact_match=3)
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
+def test_exact_match_under_another_loss(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    flags = {
+        "validation_split_percentage": 25,
+        "eval_exact_match": 2,
+        "eval_steps": 2,
+        "max_steps": 2,
+        "label_smoothing_factor": 0.1,
+        "metric_for_best_model": "exact_match",
+    }
+    report = quick(tiny_nf4, pairs_file, tmp_path, **flags)
+    assert report.best_step == 2
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert [entry["eval_exact_match"] for entry in state["log_history"] if "eval_loss" in entry] == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "flags", "message"),
+    [
+        ("exact_match", {}, r"exact_match needs --eval_exact_match"),
+        ("accuracy", {}, r"must be one of loss, perplexity, exact_match, found 'accuracy'"),
+        ("eval_perplexity", {"label_smoothing_factor": 0.1}, r"must be one of loss, exact_match, found 'perplexity'"),
+    ],
+)
+def test_a_metric_that_is_never_measured(
+    metric: str, flags: dict[str, Any], message: str, tiny_nf4: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    flags = {**flags, "validation_split_percentage": 25, "metric_for_best_model": metric}
+    with pytest.raises(ConfigError, match=message):
+        quick(tiny_nf4, pairs_file, tmp_path / "out", **flags)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "sgd"])
 def test_a_rate_of_zero_keeps_the_magnitudes(optim: str, tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
     quick(tiny_nf4, pairs_file, tmp_path, max_steps=2, optim=optim, magnitude_learning_rate=0.0, save_strategy="no")
