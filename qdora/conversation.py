@@ -153,7 +153,9 @@ class Conversation:
 
     def _prompt(self, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
         if not self.tokenizer.chat_template:
-            return self.tokenizer(question)["input_ids"]
+            ids: list[int] = self.tokenizer(question)["input_ids"]
+            # Some tokenizers end each text, and this one is to go on.
+            return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] and len(ids) > 1 else ids
         text = render_chat(self.tokenizer, _messages(self.system, turns, question))
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # as training does it
 

@@ -34,6 +34,8 @@ class EncodedData:
     """Rows left out, because no answer was in them or within `max_length`."""
     hidden: int = 0
     """Assistant turns without loss, see `Rendered`."""
+    ended: int = 0
+    """Rows whose last answer was given an EOS, because the chat template ends it with no token of its own."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -54,7 +56,12 @@ class EncodedData:
         if self.cut:
             text += f"; {self.cut} answers cut at max_length"
         if self.hidden:
-            text += f"; {self.hidden} earlier answers without loss (the chat template rewrites them when others follow)"
+            text += (
+                f"; {self.hidden} earlier answers without loss (nothing asks for them, or the chat template rewrites "
+                "them when others follow)"
+            )
+        if self.ended:
+            text += f"; {self.ended} answers ended by EOS, for the chat template gives them no end"
         if self.dropped:
             text += f"; {self.dropped} rows without an answer (within max_length) left out"
         return text
@@ -96,15 +103,19 @@ def encode(
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("the tokenizer has no fast version, and answers are found by its offsets")
     layout = recognize(rows, source)
-    all_ids, all_labels, cut, dropped, hidden = [], [], 0, 0, 0
+    all_ids, all_labels, cut, dropped, hidden, ended = [], [], 0, 0, 0, 0
     for number, row in zip(numbers or range(1, len(rows) + 1), progress(rows), strict=True):
         rendered = render(row, number, layout, tokenizer, source, loss_on_all)
         ids, has_loss = _tokenize(rendered, tokenizer, loss_on_all)
+        is_open = rendered.whole and rendered.ends_in_answer and _is_open(ids, has_loss, tokenizer)
+        if is_open:
+            ids, has_loss = _closed(ids, has_loss, tokenizer)
         length = len(ids) if max_length is None else min(max_length, len(ids))
         if not any(has_loss[1:length]):  # nothing comes before the first token that could predict it
             dropped += 1
             continue
         hidden += rendered.hidden
+        ended += is_open
         cut += any(has_loss[length:])
         all_ids.append(ids[:length])
         all_labels.append([i if loss else IGNORED for i, loss in zip(ids[:length], has_loss, strict=False)])
@@ -114,11 +125,13 @@ def encode(
             + (f" within max_length={max_length}" if max_length is not None else "")
             + "; every label would be masked"
         )
-    return EncodedData(all_ids, all_labels, layout, cut, dropped, hidden)
+    return EncodedData(all_ids, all_labels, layout, cut, dropped, hidden, ended)
 
 
 def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool) -> tuple[list[int], list[bool]]:
-    encoding = tokenizer(rendered.text, add_special_tokens=not rendered.whole, return_offsets_mapping=True)
+    # Text that was made for this tokenizer by hand or by a template may begin with its BOS, of which one is enough.
+    begun = tokenizer.bos_token is not None and rendered.text.startswith(tokenizer.bos_token)
+    encoding = tokenizer(rendered.text, add_special_tokens=not (rendered.whole or begun), return_offsets_mapping=True)
     ids = list(encoding["input_ids"])
     offsets = encoding["offset_mapping"]
     if loss_on_all:
@@ -134,3 +147,15 @@ def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool) -> tuple[li
             has_loss.append(True)
         has_loss[-1] = True  # also where the tokenizer added it: an answer ends
     return ids, has_loss
+
+
+def _is_open(ids: list[int], has_loss: list[bool], tokenizer: Any) -> bool:
+    """Whether the last answer ends in words, so that nothing would teach a model to stop."""
+    learned = [token for token, loss in zip(ids, has_loss, strict=True) if loss]
+    return tokenizer.eos_token_id is not None and bool(learned) and learned[-1] not in tokenizer.added_tokens_decoder
+
+
+def _closed(ids: list[int], has_loss: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Ended by EOS right after the answer, where generation has to stop."""
+    end = max(i for i, loss in enumerate(has_loss) if loss) + 1
+    return [*ids[:end], tokenizer.eos_token_id], [*has_loss[:end], True]

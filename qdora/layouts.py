@@ -11,14 +11,17 @@ text                text                                            as it is, th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qdora.errors import DataError, reason
 from qdora.rows import Row, parse_json
 from qdora.templates import render as render_template
+from qdora.toolcalls import calls_that_fit, check_places
 
 __all__ = ["Rendered", "last_answer", "recognize", "render", "with_last_answer"]
 
@@ -58,7 +61,10 @@ class Rendered:
     whole: bool
     """Already complete with its special tokens (a chat template's output); otherwise BOS and EOS are added."""
     hidden: int = 0
-    """Assistant turns that carry no loss, because the template renders them otherwise once others follow."""
+    """Assistant turns that carry no loss: the template renders them otherwise once others follow, or nothing comes
+    before them that could ask for an answer."""
+    ends_in_answer: bool = False
+    """Whether an assistant's turn is the last thing in a chat."""
 
 
 def recognize(rows: Sequence[Row], source: str | Path) -> str:
@@ -108,9 +114,11 @@ def render(
     else:
         messages = _messages(row, "messages", "role", "content", where)
     template = _Template(tokenizer, _tools(row, where), where)
+    messages = calls_that_fit(messages, template.tools, template.render)
+    check_places(messages, template.tools, template.render, where)
     if loss_on_all:
         text = template(messages)
-        return Rendered(text, ((0, len(text)),), whole=True)
+        return Rendered(text, ((0, len(text)),), whole=True, ends_in_answer=messages[-1]["role"] == "assistant")
     return _mark_answers(messages, first_answer, template, where)
 
 
@@ -156,13 +164,24 @@ class _Template:
         self.tokenizer, self.tools, self.where = tokenizer, tools, where
 
     def __call__(self, messages: list[Row], ask: bool = False) -> str:
-        if not messages:
-            return ""
+        return self.render(messages, self.tools, ask)
+
+    def render(self, messages: list[Row], tools: list[Any] | None, ask: bool = False) -> str:
+        """With other tools, or without."""
         try:
-            return render_template(self.tokenizer, messages, self.tools, ask)
+            text = render_template(self.tokenizer, messages, tools, ask)
         except Exception as error:
             # jinja raises its own errors, and templates raise what they like
             raise DataError(f"{self.where}: the chat template refuses this chat: {reason(error)}") from None
+        if _holds_half_a_pair(text):
+            raise DataError(f"{self.where}: the chat holds half of a surrogate pair, which is no character")
+        return text
+
+    @cached_property
+    def marks(self) -> re.Pattern[str]:
+        """The tokenizer's own tokens, such as those that begin and end a turn."""
+        tokens = {str(token) for token in self.tokenizer.added_tokens_decoder.values()} - {""}
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def _mark_answers(messages: list[Row], first_answer: int, template: _Template, where: str) -> Rendered:
@@ -176,9 +195,17 @@ def _mark_answers(messages: list[Row], first_answer: int, template: _Template, w
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i < first_answer:
             continue
+        if i == 0:
+            hidden += 1  # what comes before it is the template's own, and many refuse to render that alone
+            continue
         before, after = template(messages[:i], ask=True), template(messages[: i + 1])
-        if text.startswith(after) and after.startswith(before):
-            spans.append((len(before), len(after.rstrip())))
+        end = _shared_end(text, before, after, message["content"].strip(), template.marks)
+        if end is not None:
+            if message["content"].strip() and not template.marks.sub("", text[len(before) : end]).strip():
+                raise DataError(
+                    f"{where}: the chat template leaves the answer's words out; give another with --chat_template_path"
+                )
+            spans.append((len(before), end))
         elif i == len(messages) - 1:
             raise DataError(
                 f"{where}: the chat template renders this chat in a way that hides where the answer begins; "
@@ -186,7 +213,34 @@ def _mark_answers(messages: list[Row], first_answer: int, template: _Template, w
             )
         else:
             hidden += 1
-    return Rendered(text, tuple(spans), whole=True, hidden=hidden)
+    last = messages[-1]["role"] == "assistant"
+    return Rendered(text, tuple(spans), whole=True, hidden=hidden, ends_in_answer=last)
+
+
+def _shared_end(text: str, before: str, after: str, words: str, marks: re.Pattern[str]) -> int | None:
+    """Where an answer ends in the text of the whole chat; None if it does not stand there as it was given.
+
+    Args:
+        before, after: the chat up to the answer, and with it.
+        words: the answer's.
+
+    Some templates write another token after what comes last than between turns (Phi-3: EOS; gpt-oss: `<|return|>` for
+    `<|end|>`). Then the answer is what both have, and the token that ends it in the whole chat.
+    """
+    if not (after.startswith(before) and text.startswith(before)):
+        return None
+    if text.startswith(after):
+        return len(after.rstrip())
+    end = len(before)
+    while text[end : end + 1] == after[end : end + 1] != "":
+        end += 1
+    end = next((mark.start() for mark in marks.finditer(after) if mark.start() < end < mark.end()), end)
+    found = after.rfind(words, len(before), end) if words else -1
+    if found < 0:
+        return None
+    if marks.search(after, found + len(words), end) is None and (mark := marks.match(text, end)) is not None:
+        return mark.end()
+    return len(text[:end].rstrip())
 
 
 def _tools(row: Row, where: str) -> list[Any] | None:
@@ -207,9 +261,13 @@ def _text(row: Row, column: str, where: str) -> str:
         raise DataError(f"{where}: the field {column!r} is missing")
     if not isinstance(value, str):
         raise DataError(f"{where}: the field {column!r} must be text, found {type(value).__name__}")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+    if _holds_half_a_pair(value):
         raise DataError(f"{where}: the field {column!r} holds half of a surrogate pair, which is no character")
     return value
+
+
+def _holds_half_a_pair(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _messages(row: Row, column: str, role_key: str, content_key: str, where: str) -> list[Row]:
@@ -229,5 +287,7 @@ def _message(turn: Row, role_key: str, content_key: str, where: str) -> Row:
             raise DataError(f"{where}: unknown speaker {role!r}; known are {', '.join(_SHAREGPT_ROLES)}")
         role = _SHAREGPT_ROLES[role]
     others = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
-    without_words = bool(others.get("tool_calls")) and turn.get(content_key) is None
+    if not others.get("tool_calls"):
+        others.pop("tool_calls", None)  # to some templates an empty list is a call
+    without_words = "tool_calls" in others and turn.get(content_key) is None
     return {**others, "role": role, "content": "" if without_words else _text(turn, content_key, where)}

@@ -113,16 +113,27 @@ def _read_parquet(path: Path) -> list[Row]:
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
+        return [_without_nulls(row) for row in parquet.read_table(path).to_pylist()]
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not valid Parquet: {error}") from None
+
+
+def _without_nulls(row: Row) -> Row:
+    """Within columns, what is null is left out: Arrow gives each of a column's mappings the keys of all of them."""
+    return {name: _pruned(value) for name, value in row.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _pruned(inner) for name, inner in value.items() if inner is not None}
+    return [_pruned(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _read_hub(name: str, split: str) -> list[Row]:
     from datasets import load_dataset
 
     try:
-        return list(load_dataset(name, split=split))
+        return [_without_nulls(row) for row in load_dataset(name, split=split)]
     except Exception as error:
         # datasets raises a dozen kinds, from network errors to unknown splits
         lines = str(error).splitlines() or [type(error).__name__]

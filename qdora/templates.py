@@ -45,7 +45,9 @@ def render(tokenizer: Any, messages: Sequence[Any], tools: list[Any] | None = No
 
 
 def _raises_to_powers(template: Any) -> bool:
-    """`**` as an operator, rather than before a mapping that is handed on."""
+    """`**` as an operator, rather than before a mapping that is handed on; in any template, if there are several."""
+    if isinstance(template, dict):
+        return any(map(_raises_to_powers, template.values()))
     if not isinstance(template, str) or "**" not in template:
         return False
     from jinja2 import Environment

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from tokenizers import processors
 
-from qdora.data import IGNORED, encode
+from qdora.data import IGNORED, encode, marked
 from qdora.errors import DataError
 from qdora.layouts import recognize
 from tests.conftest import make_tokenizer
@@ -166,7 +169,7 @@ def test_turns_that_the_template_rewrites_are_counted(tokenizer: Any, with_templ
 
 def test_loss_on_all_needs_no_place_for_the_answer(tokenizer: Any, with_template: Any) -> None:
     with_template("{% if add_generation_prompt %}other{% endif %}{{ messages | length }} in all")
-    assert learned({"messages": [USER, ASSISTANT]}, tokenizer, loss_on_all=True) == "2 in all"
+    assert learned({"messages": [USER, ASSISTANT]}, tokenizer, loss_on_all=True) == "2 in all<|im_end|>"
 
 
 @pytest.mark.parametrize("tools", [[{"name": "count"}], '[{"name": "count"}]'])
@@ -194,3 +197,90 @@ def test_the_end_that_the_tokenizer_adds_is_learned() -> None:
 def test_an_answer_with_nothing_before_it_is_no_answer(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="every label would be masked"):
         encode([{"text": "The lazy dog"}], tokenizer, 1)
+
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+MARK = re.compile(r"<[|a-zA-Z_/][^<>\s{}'\"]*>")
+CHAT = [USER, ASSISTANT, {"role": "user", "content": "And pears?"}, {"role": "assistant", "content": "7 pears."}]
+
+
+def template_of(name: str) -> str:
+    return (TEMPLATES / f"{name}.jinja").read_text()
+
+
+def speaking(name: str) -> Any:
+    """The tiny tokenizer with a real model's chat template, whose marks are tokens as they are there."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.add_tokens(sorted(set(MARK.findall(template_of(name)))), special_tokens=True)
+    tokenizer.chat_template = template_of(name)
+    return tokenizer
+
+
+def marked_parts(text: str) -> list[str]:
+    return [part.rstrip() for part in re.findall("⟦(.*?)⟧", text, re.S)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cohere", "cohere2", "gemma", "gemma3", "gptoss", "lfm2", "llama3", "phi3", "phi3_5", "qwen2_5"],
+)
+def test_what_real_templates_teach_is_what_trl_s_own_for_training_mark(name: str) -> None:
+    tokenizer = speaking(name)
+    theirs = tokenizer.apply_chat_template(
+        CHAT, chat_template=template_of(f"{name}_training"), return_assistant_tokens_mask=True, return_dict=True
+    )
+    marks = zip(theirs["input_ids"], theirs["assistant_masks"], strict=True)
+    expected = marked_parts(marked(theirs["input_ids"], [i if mark else IGNORED for i, mark in marks], tokenizer))
+    data = encode([{"messages": CHAT}], tokenizer, None)
+    found = marked_parts(marked(data.input_ids[0], data.labels[0], tokenizer))
+    assert len(found) == len(expected) == 2
+    # TRL counts the role among the answer where the request for it does not give it whole.
+    assert all(theirs.strip().endswith(ours) and ours for theirs, ours in zip(expected, found, strict=True))
+    assert (data.hidden, data.ended) == (0, 0)
+
+
+def test_a_template_that_wants_words_in_lists_is_refused() -> None:
+    with pytest.raises(DataError, match="leaves the answer's words out"):
+        encode([{"messages": CHAT}], speaking("smolvlm"), None)
+
+
+def test_an_answer_that_nothing_asks_for_is_not_learned() -> None:
+    greeting = {"messages": [{"role": "assistant", "content": "Hi"}, *CHAT[:2]]}
+    for name in ("qwen2_5", "llama3"):
+        data = encode([greeting], speaking(name), None)
+        assert marked_parts(marked(data.input_ids[0], data.labels[0], speaking(name)))[0].startswith("42 apples.<|")
+        assert data.hidden == 1
+    with pytest.raises(DataError, match="no row has an answer"):
+        encode([{"messages": greeting["messages"][:1]}], make_tokenizer(), None)
+
+
+OPEN = (
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("loss_on_all", [True, False])
+def test_an_answer_without_an_end_is_given_one(loss_on_all: bool, tokenizer: Any, with_template: Any) -> None:
+    with_template(OPEN)
+    data = encode([{"messages": CHAT}], tokenizer, None, loss_on_all=loss_on_all)
+    assert tokenizer.decode(data.input_ids[0]).endswith("7 pears." + ("\n\n" if loss_on_all else "") + "<|im_end|>")
+    assert data.labels[0][-1] == tokenizer.eos_token_id
+    assert data.ended == 1
+    assert "1 answers ended by EOS" in str(data)
+    asking = encode([{"messages": [*CHAT, USER]}], tokenizer, None, loss_on_all=loss_on_all)
+    assert asking.ended == 0
+    assert tokenizer.eos_token_id not in asking.input_ids[0]
+
+
+@pytest.mark.parametrize("row", [{"text": "<s>hello"}, {"prompt": "<s>hel", "completion": "lo"}])
+def test_a_bos_that_is_there_is_enough(row: dict[str, str]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    for given in (row, {key: value.removeprefix("<s>") for key, value in row.items()}):
+        ids = encode([given], tokenizer, None).input_ids[0]
+        assert tokenizer.decode(ids) == "<s>hello<|im_end|>"

@@ -55,3 +55,12 @@ def test_missing_files(tmp_path: Path) -> None:
 def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("\ufefftext\n".encode() + b"x" * 200_000 + b"\n")
     assert read_rows(tmp_path / "a.csv") == [{"text": "x" * 200_000}]
+
+
+def test_parquet_s_nulls_within_columns_are_none(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"a": [{"x": {"city": "Rome"}}], "b": None}, {"a": [{"x": {"file": "f", "deep": [{"n": 1}]}}], "b": "c"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read_rows(tmp_path / "a.parquet") == rows

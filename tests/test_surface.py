@@ -29,6 +29,7 @@ LAYERS = [
         *{"resume", "scoring", "screens"},
     },
     {"layouts", "kept"},
+    {"toolcalls"},
     {
         "nf4",
         "ledger",

@@ -56,6 +56,9 @@ def test_memory_ends() -> None:
 def test_powers_are_refused_and_mappings_are_not() -> None:
     assert "powers" in refusal("{{ 10 ** 10 ** 10 }}")
     tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"other": "{{ messages }}", "default": "{{ 10 ** 10 ** 10 }}"}
+    with pytest.raises(ValueError, match="powers"):
+        render(tokenizer, CHAT[0]["messages"])
     tokenizer.chat_template = "{{ dict(a=1, **{'b': 2}) }}** is text {{ messages[0]['content'] }}"
     assert render(tokenizer, CHAT[0]["messages"]).endswith("** is text 12 + 30")
 
