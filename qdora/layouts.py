@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qdora.errors import DataError, reason
+from qdora.errors import DataError, reason, shown
 from qdora.rows import Row, parse_json
 from qdora.templates import render as render_template
 from qdora.toolcalls import calls_that_fit, check_places
@@ -78,8 +78,8 @@ def recognize(rows: Sequence[Row], source: str | Path) -> str:
         if all(column in columns for column in needed):
             return layout
     known = "; ".join(f"{layout}: {', '.join(needed)}" for layout, needed in _COLUMNS.items())
-    shown = reason(ValueError(", ".join(columns)))
-    raise DataError(f"{source} has the columns {shown}, which is no known layout ({known})")
+    found = reason(ValueError(", ".join(columns)))
+    raise DataError(f"{source} has the columns {found}, which is no known layout ({known})")
 
 
 def render(
@@ -208,8 +208,9 @@ def _mark_answers(messages: list[Row], first_answer: int, template: _Template, w
             spans.append((len(before), end))
         elif i == len(messages) - 1:
             raise DataError(
-                f"{where}: the chat template renders this chat in a way that hides where the answer begins; "
-                "train on everything with --completion_only_loss false, or use the prompt/completion layout"
+                f"{where}: the chat template asks for the answer with {shown(before[-30:])} and renders it otherwise, "
+                "which hides where it begins; give another by --chat_template_path, train on everything with "
+                "--completion_only_loss false, or use the prompt/completion layout"
             )
         else:
             hidden += 1

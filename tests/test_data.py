@@ -127,7 +127,7 @@ def test_an_unknown_speaker_and_a_missing_template(tokenizer: Any) -> None:
         with pytest.raises(DataError, match="roles must alternate"):
             encode([{"messages": [USER, ASSISTANT]}], tokenizer, None)
         tokenizer.chat_template = "{% if add_generation_prompt %}other{% endif %}{{ messages | length }}"
-        with pytest.raises(DataError, match="hides where the answer begins"):
+        with pytest.raises(DataError, match="asks for the answer with 'other1' and renders it otherwise, which hides"):
             encode([{"messages": [USER, ASSISTANT]}], tokenizer, None)
     finally:
         tokenizer.chat_template = template
