@@ -22,17 +22,10 @@ from qdora.errors import ConfigError, reason
 from qdora.flags import DEFAULTS, OTHER_NAMES, RunArguments
 from qdora.groups import Rates
 from qdora.nearest import did_you_mean, nearest
-from qdora.shards import parse_size
+from qdora.together import check_evaluation, check_together
 
 __all__ = ["adapter_config", "all_flags", "flag_parser", "flags_of", "parse_estimate", "parse_train", "rates"]
 
-_CHOICES = {
-    "dtype": ("bfloat16", "float16", "float32"),
-    "adapter_dtype": ("bfloat16", "float32"),
-    "init_lora_weights": ("default", "loftq"),
-    "freeze": ("none", "magnitude", "direction"),
-    "on_nonfinite": ("stop", "skip"),
-}
 _MOST_VALUES = 10_000
 _NOT_STARTED = ("--dataset", "none", "--output_dir", "none")
 
@@ -69,14 +62,15 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
         raise ConfigError(f"these training flags do not fit together: {str(error).splitlines()[0]}") from None
     if "perplexity" in str(training.metric_for_best_model) and not _is_given("greater_is_better", flags):
         training.greater_is_better = False
-    _check_together(run, training)
-    _check_evaluation(run, training)
+    rates(run, training)
+    check_together(run, training)
+    check_evaluation(run, training)
     return run, training
 
 
 def _evaluation_defaults(flags: Sequence[str]) -> dict[str, Any]:
     """With data to evaluate on, and nothing else said: evaluate after each epoch, save then too, and keep the best."""
-    if not (_is_given("eval_dataset", flags) or _is_given("validation_split_percentage", flags)):
+    if not (_value_of("eval_dataset", flags) or _is_above_zero(_value_of("validation_split_percentage", flags))):
         return {}
     defaults: dict[str, Any] = {}
     strategy = _value_of("eval_strategy", flags)
@@ -86,76 +80,19 @@ def _evaluation_defaults(flags: Sequence[str]) -> dict[str, Any]:
         return defaults
     defaults |= {"save_strategy": strategy, "load_best_model_at_end": True}
     if _is_given("eval_steps", flags):
-        defaults["save_steps"] = float(str(_value_of("eval_steps", flags)))
+        steps = str(_value_of("eval_steps", flags))
+        try:
+            defaults["save_steps"] = float(steps)
+        except ValueError:
+            raise ConfigError(f"--eval_steps must be a number, found {steps!r}") from None
     return defaults
 
 
-def _check_evaluation(run: RunArguments, training: Any) -> None:
-    has_data = bool(run.eval_dataset or run.validation_split_percentage)
-    strategy = training.eval_strategy.value
-    if strategy != "no" and not has_data:
-        raise ConfigError(f"--eval_strategy {strategy} needs an --eval_dataset or a --validation_split_percentage")
-    if run.eval_dataset and run.validation_split_percentage:
-        raise ConfigError("--eval_dataset and --validation_split_percentage both say what to evaluate on; choose one")
-    if not 0 <= run.validation_split_percentage < 100:
-        raise ConfigError(
-            f"--validation_split_percentage must be at least 0 and below 100, found {run.validation_split_percentage:g}"
-        )
-    if run.eval_exact_match < 0:
-        raise ConfigError(f"--eval_exact_match is a number of rows, found {run.eval_exact_match}")
-    if run.eval_exact_match and strategy == "no":
-        raise ConfigError("--eval_exact_match answers rows at each evaluation; it needs data to evaluate on")
-    _check_metric(run, training)
-    if run.early_stopping_patience is None:
-        return
-    if run.early_stopping_patience < 1:
-        raise ConfigError(f"--early_stopping_patience must be at least 1, found {run.early_stopping_patience}")
-    if strategy == "no" or not training.load_best_model_at_end:
-        raise ConfigError(
-            "--early_stopping_patience needs evaluations and the best checkpoint: give --eval_dataset or "
-            "--validation_split_percentage, and --load_best_model_at_end true if you set --save_strategy yourself"
-        )
-
-
-def _check_metric(run: RunArguments, training: Any) -> None:
-    """A metric that is never measured would end a run at its first evaluation."""
-    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
-    if metric == "exact_match" and not run.eval_exact_match:
-        raise ConfigError("--metric_for_best_model exact_match needs --eval_exact_match, the number of rows to answer")
-    if training.label_smoothing_factor or training.loss_type not in ("nll", "chunked_nll"):
-        known = ["loss", "exact_match"]  # the perplexity of a loss that is no likelihood means nothing
-    else:
-        known = ["loss", "perplexity", "exact_match"]
-    if metric not in known:
-        raise ConfigError(f"--metric_for_best_model must be one of {', '.join(known)}, found {metric!r}")
-
-
-def _check_together(run: RunArguments, training: Any) -> None:
-    parse_size(run.loss_chunk_size)
-    rates(run, training)
-    for name, known in _CHOICES.items():
-        if (value := getattr(run, name)) is not None and value not in known:
-            raise ConfigError(
-                f"--{name} must be one of {', '.join(known)}, found {value!r}{did_you_mean(value, known)}"
-            )
-    if not run.use_dora and (run.freeze == "magnitude" or run.magnitude_learning_rate or run.magnitude_weight_decay):
-        raise ConfigError("--use_dora false leaves the magnitude out; there is none to freeze or to give a rate")
-    if run.original_model_name_or_path and run.init_lora_weights != "loftq":
-        raise ConfigError("--original_model_name_or_path is for --init_lora_weights loftq")
-    if training.activation_offloading and not training.gradient_checkpointing:
-        raise ConfigError(
-            "--activation_offloading keeps the inputs of recomputed layers; it needs gradient_checkpointing"
-        )
-    if run.hold_outputs and not training.gradient_checkpointing:
-        raise ConfigError("--hold_outputs spares a part of the recompute; it needs gradient_checkpointing")
-    if training.truncation_mode != "keep_start":
-        raise ConfigError(
-            f"--truncation_mode {training.truncation_mode}: long rows lose their end, only keep_start fits"
-        )
-    for name in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
-        value = getattr(training, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} must be at least 1, found {value}")
+def _is_above_zero(text: str | None) -> bool:
+    try:
+        return text is not None and float(text) > 0
+    except ValueError:
+        return True  # to be complained of by whoever reads it
 
 
 def parse_estimate(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
@@ -169,7 +106,7 @@ def parse_estimate(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
-    """A mapping as command-line flags: lists as several values, mappings as JSON, None left out.
+    """A mapping as command-line flags: lists as several values, mappings as JSON, None and empty lists left out.
 
     Raises:
         ConfigError: a name that is no text.
@@ -178,7 +115,9 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
     for name, value in settings.items():
         if not isinstance(name, str):
             raise ConfigError(f"a setting's name must be text, found {name!r}")
-        if value is None:
+        if value is None and name == "max_length":
+            raise ConfigError("max_length must be a number of tokens, for memory is reckoned with it; found null")
+        if value is None or (isinstance(value, list | tuple) and not value):
             continue
         flags.append(f"--{name}")
         if value is False and name.endswith("_strategy"):

@@ -14,7 +14,7 @@ import yaml
 
 from qdora.curves import loss_series
 from qdora.output import replace_text
-from qdora.report import REPORT_FILE, RunFacts
+from qdora.report import RunFacts
 
 __all__ = ["CARD_FILE", "write_card"]
 
@@ -26,7 +26,8 @@ _FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 def write_card(facts: RunFacts, directory: Path) -> None:
     """Write the card into an adapter's directory, whole or not at all."""
     path = directory / CARD_FILE
-    if path.is_file() and _MARK not in (head_of(path).get("tags") or ()):
+    tags = head_of(path).get("tags")
+    if path.is_file() and not (isinstance(tags, list) and _MARK in tags):
         return
     head = yaml.safe_dump(_head(facts, directory), sort_keys=False, allow_unicode=True)
     replace_text(path, f"---\n{head}---\n\n{_body(facts, directory)}\n")
@@ -37,7 +38,7 @@ def head_of(path: Path) -> dict[str, Any]:
     try:
         found = re.match(r"---\n(.*?)\n---\n", path.read_text(encoding="utf-8"), re.DOTALL)
         head = yaml.safe_load(found[1]) if found else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError):
         return {}
     return head if isinstance(head, dict) else {}
 
@@ -59,7 +60,7 @@ def _head(facts: RunFacts, directory: Path) -> dict[str, Any]:
         measured = [{"name": name, "type": kind, "value": value} for name, kind, value in figures]
         on = Path(facts.evaluation_dataset or facts.dataset).name
         task = {"task": {"type": "text-generation"}, "dataset": {"name": on, "type": on}, "metrics": measured}
-        head["model-index"] = [{"name": directory.resolve().name, "results": [task]}]
+        head["model-index"] = [{"name": _name(facts, directory), "results": [task]}]
     return head
 
 
@@ -71,7 +72,7 @@ def _body(facts: RunFacts, directory: Path) -> str:
         else f"`{_last(facts.base)}`"
     )
     lines = [
-        f"# {directory.resolve().name}",
+        f"# {_name(facts, directory)}",
         "",
         f"{facts.adapter}, trained on `{_last(facts.dataset)}` ({facts.data}) over {base}, with qdora.",
         "",
@@ -83,18 +84,25 @@ def _body(facts: RunFacts, directory: Path) -> str:
         lines.append(f"| training loss | {losses[0]:.4f} → {losses[-1]:.4f} |")
     lines += [f"| {name} | {value:.4f} |" for name, _, value in _figures(facts)]
     lines += [f"| {name} | {value} |" for name, value in facts.settings.items()]
-    return "\n".join([*lines, "", _usage(facts, directory), "", f"More about the run: `{REPORT_FILE}`."])
+    return "\n".join([*lines, "", _usage(facts, directory)])
 
 
 def _usage(facts: RunFacts, directory: Path) -> str:
-    name, base = directory.resolve().name, facts.base if _is_on_the_hub(facts.base) else _last(facts.base)
+    name, base = _name(facts, directory), facts.base if _is_on_the_hub(facts.base) else _last(facts.base)
+    quantize = [
+        "# the base in 4 bits, as it was trained on",
+        'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)',
+    ]
+    how = ", quantization_config=nf4" if facts.rounded else ""
     return "\n".join(
         [
             "```python",
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import AutoModelForCausalLM{', BitsAndBytesConfig' if facts.rounded else ''}",
             "",
-            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")',
+            *(quantize if facts.rounded else []),
+            f'base = AutoModelForCausalLM.from_pretrained("{base}"{how})',
+            f'model = PeftModel.from_pretrained(base, "{name}")',
             "```",
             "",
             "```bash",
@@ -103,6 +111,10 @@ def _usage(facts: RunFacts, directory: Path) -> str:
             "```",
         ]
     )
+
+
+def _name(facts: RunFacts, directory: Path) -> str:
+    return facts.hub_name or directory.resolve().name
 
 
 def _figures(facts: RunFacts) -> list[tuple[str, str, float]]:

@@ -11,7 +11,7 @@ from a checkpoint must not notice, so checkpoints (not final adapters) carry δ 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,8 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False,
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "qdora_base": _kind_of_base(model), **_origin_of_base(model, layers)}
-    targets = _target_names(config, list(layers), linear_paths(model))
+    linears = linear_paths(model)
+    targets = _target_names(config, list(layers), linears, others=_others(model, linears))
     with whole_files(directory, last=CONFIG_FILE) as scratch:
         save_tensors(tensors, scratch / WEIGHTS_FILE, metadata)
         if exact_offsets and offsets:
@@ -231,14 +232,30 @@ def _answers(layer: DoRALinear) -> tuple[float, ...] | None:
     return None if any(isinstance(p, DTensor) for p in base.parameters()) else answers_of(layer.base)
 
 
+def _others(model: nn.Module, linears: Sequence[str]) -> list[str]:
+    """The paths of all modules that are neither linears nor within one."""
+    inner = tuple(f"{path}." for path in linears)
+    known = set(linears)
+    return [path for path, _ in model.named_modules() if path not in known and not path.startswith(inner)]
+
+
 def _target_names(
-    config: AdapterConfig, adapted: Iterable[str], linears: Iterable[str], keep_all: bool = False
+    config: AdapterConfig,
+    adapted: Iterable[str],
+    linears: Iterable[str],
+    keep_all: bool = False,
+    others: Iterable[str] = (),
 ) -> str | tuple[str, ...]:
-    """The shortest way to say which linears are adapted that says exactly that."""
-    adapted = set(adapted)
+    """The shortest way to say which linears are adapted that says exactly that.
+
+    Args:
+        others: modules that are no linears, of which PEFT must not take one for meant.
+    """
+    adapted, others = set(adapted), list(others)
 
     def exact(candidate: AdapterConfig) -> bool:
-        return {path for path in linears if candidate.targets(path)} == adapted
+        meant = [*linears, *([] if candidate.target_modules == ALL_LINEAR else others)]
+        return {path for path in meant if candidate.targets(path)} == adapted
 
     last_names = tuple(sorted({short_name(path) for path in adapted}))
     # PEFT knows experts by the names of their linears.

@@ -17,10 +17,13 @@ from qdora.errors import ConfigError, QDoRAError, reason
 
 __all__ = ["Destination", "take_destination"]
 
-# What belongs to the run and not to the adapter.
-_STAYS_HERE = [
-    *("checkpoint-*", "earlier-checkpoint-*", "runs/*", "*.unfinished*", ".qdora.lock"),
-    *("qdora_train.json", "trainer_state.json", "training_args.bin"),
+# What the adapter is, and nothing else that may lie in its directory. The report stays here: it shows a row of the data
+# and names places on this machine.
+_GOES_UP = [
+    *("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "log.csv"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("additional_chat_templates/*.jinja", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 ]
 
 
@@ -34,7 +37,7 @@ class Destination:
     revision: str | None
 
     def publish(self, directory: Path) -> str:
-        """Upload an adapter's directory in one commit, without checkpoints.
+        """Upload an adapter in one commit: its files, tokenizer, card, curve and log.
 
         Returns:
             Where it is.
@@ -48,13 +51,13 @@ class Destination:
                 folder_path=directory,
                 revision=self.revision,
                 commit_message="Upload adapter",
-                ignore_patterns=_STAYS_HERE,
+                allow_patterns=_GOES_UP,
             )
         except Exception as error:
             # A network fails in more ways than there are kinds of errors.
             raise QDoRAError(
                 f"the adapter is in {directory}, but was not uploaded to {self.name}: {reason(error)}; "
-                f"`hf upload {self.name} {directory}` tries again"
+                f"`hf upload {self.name} {directory} --include 'adapter_*' README.md 'tokenizer*'` tries again"
             ) from None
         return str(found.commit_url)
 

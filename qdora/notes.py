@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdora.architecture import model_facts
 from qdora.card import write_card
 from qdora.config import ALL_LINEAR
 from qdora.corpus import Corpus
 from qdora.curves import plot_loss
 from qdora.data import marked
 from qdora.flags import RunArguments
+from qdora.hub import Destination
 from qdora.output import replace_bytes
 from qdora.planner import asked_plan
 from qdora.progress import memory_bytes
@@ -43,13 +45,16 @@ class Intention:
     plan: str
     need: str | None
     """What it was reckoned to take, if that was asked for."""
+    rounded: bool
+    """Whether a 16-bit base is quantized as it loads."""
 
     @classmethod
     def of(cls, run: RunArguments, training: Any, need: str | None) -> Intention:
         """Args: as `parse_train` returns them."""
         values = {name: getattr(training, name) for name in _REPORTED}
         settings = {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
-        return cls(_adapter_in_words(run), settings, asked_plan(run, training).flags(), need)
+        rounded = run.load_in_4bit and not model_facts(run.model_name_or_path, training.trust_remote_code).in_nf4
+        return cls(_adapter_in_words(run), settings, asked_plan(run, training).flags(), need, rounded)
 
 
 def leave_notes(
@@ -60,6 +65,7 @@ def leave_notes(
     best_step: int | None,
     remarks: Sequence[str],
     seconds: float,
+    destination: Destination | None = None,
 ) -> None:
     """Write what people read afterwards into the run's directory."""
     history, training = trainer.state.log_history, trainer.args
@@ -87,6 +93,8 @@ def leave_notes(
         device=str(training.device),
         seconds=seconds,
         remarks=remarks,
+        rounded=meant.rounded,
+        hub_name=None if destination is None else destination.name,
     )
     write_report(facts, out / REPORT_FILE)
     write_card(facts, out)
@@ -100,5 +108,7 @@ def _group(group: dict[str, Any]) -> Group:
 def _adapter_in_words(run: RunArguments) -> str:
     method = ("QDoRA" if run.use_dora else "QLoRA") if run.load_in_4bit else ("DoRA" if run.use_dora else "LoRA")
     targets = "all linears" if run.lora_target_modules == [ALL_LINEAR] else ", ".join(run.lora_target_modules)
+    stabilized = " (rsLoRA)" if run.use_rslora else ""
+    whole = f", {', '.join(run.modules_to_save)} trained whole" if run.modules_to_save else ""
     frozen = "" if run.freeze == "none" else f", {run.freeze} frozen"
-    return f"{method} of rank {run.lora_r}, alpha {run.lora_alpha:g}, on {targets}{frozen}"
+    return f"{method} of rank {run.lora_r}, alpha {run.lora_alpha:g}{stabilized}, on {targets}{whole}{frozen}"

@@ -29,12 +29,16 @@ class Plan:
     embedding_on_host: bool = False
     stream_base: bool = False
 
+    def _chunk(self) -> str:
+        whole, rest = divmod(self.loss_chunk_bytes, _GRANULE)
+        return str(self.loss_chunk_bytes) if rest else f"{whole}MiB"
+
     def flags(self) -> str:
         """As flags of `qdora train`."""
         flags = [
             f"--per_device_train_batch_size {self.rows}",
             f"--gradient_accumulation_steps {self.accumulation}",
-            f"--loss_chunk_size {self.loss_chunk_bytes // _GRANULE}MiB",
+            f"--loss_chunk_size {self._chunk()}",
         ]
         return " ".join([*flags, *(f"--{name} true" for name in SWITCHES if getattr(self, name))])
 

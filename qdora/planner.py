@@ -7,7 +7,6 @@ step; and at last the base weights streamed from the host.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -96,6 +95,8 @@ def adopt(plan: Plan, run: RunArguments, training: Any) -> None:
     """Let the flags say what the plan says, in place."""
     training.per_device_train_batch_size = plan.rows
     training.gradient_accumulation_steps = plan.accumulation
+    # Evaluation is not reckoned: as many rows without gradients take less than a step does.
+    training.per_device_eval_batch_size = min(training.per_device_eval_batch_size, plan.rows)
     training.activation_offloading = plan.activation_offloading
     run.loss_chunk_size = str(plan.loss_chunk_bytes)
     run.hold_outputs = plan.hold_outputs
@@ -160,14 +161,14 @@ def _relaxed(reckoned: MemoryModel, plan: Plan, asked: Plan, limit_bytes: int) -
 def _plans(asked: Plan, reckoned: MemoryModel) -> Iterator[Plan]:
     """From the fastest to the leanest."""
     for streams in (False, True) if not asked.stream_base else (True,):
-        rows, accumulation = asked.rows, asked.accumulation
+        rows, total = asked.rows, asked.rows * asked.accumulation
         while True:
-            plan = replace(asked, rows=rows, accumulation=accumulation, stream_base=streams)
+            plan = replace(asked, rows=rows, accumulation=total // rows, stream_base=streams)
             yield from _same_batch(plan, reckoned)
             if rows == 1:
                 break
-            smaller = rows // 2
-            rows, accumulation = smaller, math.ceil(accumulation * rows / smaller)
+            # at most half as many, and the same number in all
+            rows = next(fewer for fewer in range(rows // 2, 0, -1) if total % fewer == 0)
 
 
 def _same_batch(plan: Plan, reckoned: MemoryModel) -> Iterator[Plan]:

@@ -61,6 +61,10 @@ class RunFacts:
     seconds: float
     remarks: Sequence[str] = ()
     """What went otherwise than it should."""
+    rounded: bool = False
+    """Whether the base is a 16-bit model that was quantized as it loaded."""
+    hub_name: str | None = None
+    """`owner/name` of the repository that the adapter goes to."""
 
 
 def write_log(history: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -71,6 +71,8 @@ def test_flags_of() -> None:
         ([*NEEDED, "--eval_strategy", "often"], "often"),
         ([*NEEDED, "--hold_outputs", "true", "--gradient_checkpointing", "false"], "--hold_outputs spares a part of"),
         (["absent.yaml"], "no config file at absent.yaml"),
+        ([*NEEDED, "--eval_dataset", "e", "--eval_steps", "abc"], "--eval_steps must be a number, found 'abc'"),
+        ([*NEEDED, "--max_length", "null"], "max_length"),
     ],
 )
 def test_mistakes(flags: list[str], message: str) -> None:
@@ -86,6 +88,7 @@ def test_mistakes(flags: list[str], message: str) -> None:
         ("- a\n", "must hold settings"),
         ("modle: x", "did you mean --model_name_or_path?"),
         ("", "must hold"),
+        ("max_length: null", "max_length must be a number of tokens"),
     ],
 )
 def test_bad_config_files(text: str, message: str, tmp_path: Path) -> None:
@@ -124,3 +127,16 @@ def test_hostile_config_files(content: str, tmp_path: Path) -> None:
     path.write_text(content + "\n")
     with pytest.raises(ConfigError):
         parse_train([str(path), *NEEDED])
+
+
+def test_what_a_file_leaves_empty_is_the_default(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\nmodules_to_save: []\nlora_r: null\n")
+    run, _ = parse_train([str(config)])
+    assert run.modules_to_save == []
+    assert run.lora_r == 16
+
+
+def test_a_split_of_zero_is_none() -> None:
+    _, training = parse_train([*NEEDED, "--validation_split_percentage", "0"])
+    assert training.eval_strategy.value == "no"

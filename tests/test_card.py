@@ -30,6 +30,7 @@ def test_a_base_and_data_of_the_hub_are_named(tmp_path: Path) -> None:
         "| evaluation exact match | 0.9000 |",
         "| seed | 42 |",
         'from_pretrained("owner/base")',
+        f'from_pretrained(base, "{tmp_path.name}")',
     ):
         assert part in page, part
 
@@ -52,7 +53,26 @@ def test_ours_is_replaced_and_nobody_else_s(tmp_path: Path) -> None:
     write_card(FACTS, tmp_path)
     write_card(replace(FACTS, steps=77), tmp_path)
     assert "| steps | 77 |" in (tmp_path / CARD_FILE).read_text()
-    for other in ("# mine\n", "---\ntags: [mine]\n---\n", "---\n: [\n---\n", yaml.safe_dump({"tags": "qdora"})):
+    for other in (
+        "# mine\n",
+        "---\nupdated: 2024-02-30\n---\n",
+        "---\ntags: 5\n---\n",
+        "---\ntags: not-qdora-made\n---\n",
+        f"---\na: {'[' * 5000}\n---\n",
+        "---\ntags: [mine]\n---\n",
+        "---\n: [\n---\n",
+        yaml.safe_dump({"tags": "qdora"}),
+    ):
         (tmp_path / CARD_FILE).write_text(other)
         write_card(FACTS, tmp_path)
         assert (tmp_path / CARD_FILE).read_text() == other
+
+
+def test_a_base_that_was_rounded_as_it_loaded_is_loaded_so_again(tmp_path: Path) -> None:
+    write_card(replace(FACTS, rounded=True, hub_name="ada/notes"), tmp_path)
+    page = (tmp_path / CARD_FILE).read_text()
+    code = page.split("```python")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "quantization_config=nf4" in code
+    assert 'from_pretrained(base, "ada/notes")' in code
+    assert "quantization_config" not in (write_card(FACTS, tmp_path) or (tmp_path / CARD_FILE).read_text())

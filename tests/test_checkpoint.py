@@ -273,6 +273,17 @@ def test_the_shortest_names_that_mean_just_these() -> None:
     assert _target_names(by_more, linears[:2], linears) == ("q_proj",)
 
 
+@pytest.mark.parametrize("expression", [".*mlp.*", r".*layers\.0\..*", ".*(q_proj|lm_head)", ".*[qk]_proj"])
+def test_peft_takes_an_expression_for_what_it_meant_here(expression: str, tiny: Path, tmp_path: Path) -> None:
+    model = qdora.load_model(tiny, adapter=AdapterConfig(rank=2, target_modules=expression), load_in_4bit=False)
+    disturb(model)
+    qdora.save_adapter(model, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    theirs = PeftModel.from_pretrained(plain, tmp_path)
+    adapted = {name.split(".lora_A")[0] for name, _ in theirs.named_modules() if name.endswith("lora_A")}
+    assert adapted == {f"base_model.model.{path}" for path in adapted_linears(model)}
+
+
 def test_nothing_to_save(tiny_nf4: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^the model has no adapters to save; attach some with load_model"):
         qdora.save_adapter(qdora.load_model(tiny_nf4), tmp_path)

@@ -100,19 +100,18 @@ def flags(base: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
 
 def test_the_adapter_and_its_card_go_up_once(hub: Hub, tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    (out / "run2" / "checkpoint-3").mkdir(parents=True)
+    for name in (".env", "train.jsonl", "run2/adapter_config.json", "run2/checkpoint-3/optimizer.pt"):
+        (out / name).write_text("mine")
     qdora.train(**flags(tiny_nf4, pairs_file, out, validation_split_percentage=10, eval_steps=1))
     assert [call for call in hub.calls if not call.startswith("/")][:2] == ["whoami", "create"]
     assert hub.calls.count("commit") == 1
-    expected = {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "report.md",
-        "loss.png",
-        "tokenizer.json",
+    assert hub.files.keys() == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "log.csv", "loss.png"),
+        *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
     }
-    assert expected <= hub.files.keys()
-    assert not [name for name in hub.files if "checkpoint" in name or "optimizer" in name]
+    assert "# ada/out\n" in hub.files["README.md"].decode()
+    assert 'from_pretrained(base, "ada/out")' in hub.files["README.md"].decode()
     for name, content in hub.files.items():
         assert content == (out / name).read_bytes(), name
     head = yaml.safe_load(hub.files["README.md"].decode().split("---")[1])
@@ -130,11 +129,13 @@ def test_what_is_refused_is_refused_before_the_training(
         hub.refuse = refused
         settings = flags(tiny_nf4, pairs_file, tmp_path / "out", **changes)
         assert main(["train", *flags_of(settings)]) == 2
-        said = capsys.readouterr().err.strip().splitlines()
-        assert len(said) == 1
-        assert message in said[0]
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
     assert "commit" not in hub.calls
+    hub.refuse, hub.calls = {}, []
+    settings = flags(tiny_nf4, tmp_path / "absent.jsonl", tmp_path / "out")
+    assert main(["train", *flags_of(settings)]) == 2
+    assert not hub.calls  # no empty repository is left there
 
 
 def test_an_upload_that_fails_leaves_the_adapter(
@@ -144,7 +145,7 @@ def test_an_upload_that_fails_leaves_the_adapter(
     assert main(["train", *flags_of(flags(tiny_nf4, pairs_file, out))]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"the adapter is in {out}, but was not uploaded to ada/out: " in line
-    assert f"`hf upload ada/out {out}` tries again" in line
+    assert f"`hf upload ada/out {out} --include 'adapter_*' README.md 'tokenizer*'` tries again" in line
     qdora.load_model(tiny_nf4, adapter=out)
     assert (out / "README.md").is_file()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qdora.plan import Need, Plan, Run
+from qdora.shards import parse_size
 from qdora.simulate import Batch
 from qdora.workspace import CPU
 
@@ -13,6 +14,12 @@ def test_a_plan_s_flags_name_what_is_on() -> None:
         "--per_device_train_batch_size 2 --gradient_accumulation_steps 3 --loss_chunk_size 16MiB "
         "--hold_outputs true --stream_base true"
     )
+
+
+def test_a_chunk_that_is_no_whole_number_of_mib_keeps_its_bytes() -> None:
+    for size in (500_000, 20_000_000, 2**20 + 1):
+        flag = Plan(rows=1, accumulation=1, loss_chunk_bytes=size).flags().split("--loss_chunk_size ")[1]
+        assert parse_size(flag) == size
 
 
 def test_a_need_is_the_sum_of_its_parts() -> None:

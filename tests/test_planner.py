@@ -11,7 +11,7 @@ import pytest
 from qdora import ConfigError
 from qdora.arguments import flags_of, parse_estimate
 from qdora.plan import Need, Plan
-from qdora.planner import adopt, asked_plan, choose, memory_model, usable_bytes
+from qdora.planner import _plans, adopt, asked_plan, choose, memory_model, usable_bytes
 from tests.conftest import make_model
 
 MB = 2**20
@@ -104,10 +104,13 @@ def test_outputs_are_held_again_beside_what_waits_on_the_host() -> None:
     assert plan == replace(ASKED, loss_chunk_bytes=4 * MB, activation_offloading=True, hold_outputs=True)
 
 
-def test_an_uneven_batch_keeps_at_least_its_rows() -> None:
-    plan, _ = choose(MadeUp(), Plan(rows=5, accumulation=1, loss_chunk_bytes=64 * MB), 1300)
-    assert plan.rows == 2
-    assert plan.rows * plan.accumulation >= 5
+@pytest.mark.parametrize(("rows", "accumulation", "fewer"), [(5, 1, 1), (5, 2, 2), (15, 1, 5), (7, 3, 3), (8, 1, 4)])
+def test_an_uneven_batch_keeps_its_rows(rows: int, accumulation: int, fewer: int) -> None:
+    asked = Plan(rows=rows, accumulation=accumulation, loss_chunk_bytes=64 * MB)
+    found = {plan.rows: plan.rows * plan.accumulation for plan in _plans(asked, MadeUp())}
+    assert set(found.values()) == {rows * accumulation}
+    assert list(found)[1] == fewer
+    assert 1 in found
 
 
 def test_what_cannot_be_spared_stays() -> None:

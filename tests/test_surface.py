@@ -20,7 +20,7 @@ LAYERS = [
     {"arguments", "memory", "model", "analysis", "generation"},
     {"architecture", "saving"},
     {"callbacks", "checkpoint", "sources", "loader", "hub", "holding", "plan"},
-    {"reference", "stream", "offload", "simulate", "sharding"},
+    {"reference", "stream", "offload", "simulate", "sharding", "together"},
     {"adapterfile", "inject", "choices", "dropin", "card"},
     {"experts", "peftlayer"},
     {"gated"},

@@ -128,10 +128,10 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     need, holding = _plan(run, training) if run.memory is not None or run.dry_run else (None, None)
     if run.dry_run:
         return None
-    destination = take_destination(training)
     tokenizer = load_tokenizer(run.model_name_or_path, training.trust_remote_code)
     use_chat_template(tokenizer, training)
     corpus = load_corpus(run, training, tokenizer)
+    destination = take_destination(training)
     headroom = Headroom(run, training, sharding is not None)
     _make_repeatable(training)
     with memory_explained("while the model was loaded", headroom):
@@ -156,7 +156,16 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     report = _finish(trainer, run, corpus, output_dir)
     if is_main():
         with writing(output_dir):
-            leave_notes(trainer, run, meant, corpus, report.best_step, report.remarks, time.perf_counter() - started)
+            leave_notes(
+                trainer,
+                run,
+                meant,
+                corpus,
+                report.best_step,
+                report.remarks,
+                time.perf_counter() - started,
+                destination,
+            )
             finish_record(beginning, output_dir)
     if destination is not None:
         say(f"uploaded to {destination.publish(output_dir)}")
