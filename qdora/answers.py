@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
+from qdora.architecture import context_of
 from qdora.data import EncodedData
-from qdora.generation import end_tokens, generating_by, place_of
+from qdora.generation import RefuseNaN, end_tokens, generating_by, place_of
 from qdora.loss import IGNORED
 
 __all__ = ["Question", "answer", "count_matches", "questions"]
@@ -57,8 +58,7 @@ def answer(
         model: with `generate`; it is put into eval mode and back.
         progress: wraps the list of batches, such as tqdm.
     """
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = _batches(asked, batch_size, context_of(model.config))
     answers = [""] * len(asked)
     was_training = model.training
     model.eval()
@@ -76,6 +76,20 @@ def count_matches(asked: Sequence[Question], answers: Sequence[str]) -> int:
     return sum(question.expected == text for question, text in zip(asked, answers, strict=True))
 
 
+def _batches(asked: Sequence[Question], batch_size: int, limit: int | None) -> list[list[int]]:
+    """Questions of like length, as many at once as the context has room for: all are answered to the longest's end."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for i in sorted(range(len(asked)), key=lambda i: len(asked[i].prompt)):
+        tokens = max(tokens, asked[i].tokens)
+        full = not batches or len(batches[-1]) == batch_size
+        if full or (limit is not None and len(asked[i].prompt) + tokens + _SPARE_TOKENS > limit):
+            batches.append([])
+            tokens = asked[i].tokens
+        batches[-1].append(i)
+    return batches
+
+
 def _batch(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]:
     length = max(len(question.prompt) for question in asked)
     ids = torch.full((len(asked), length), tokenizer.pad_token_id)
@@ -91,5 +105,6 @@ def _batch(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]:
     )
     ids, mask = ids.to(place_of(model)), mask.to(place_of(model))
     with generating_by(model, config):
-        tokens = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        refuse = LogitsProcessorList([RefuseNaN()])
+        tokens = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=refuse)
     return [text.strip() for text in tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,12 +52,17 @@ def _run(verb: str, arguments: list[str]) -> tuple[int, str]:
     try:
         with ending_cleanly():
             _VERBS[verb](arguments)
+            sys.stdout.flush()
     except QDoRAError as error:
         return 2, f"qdora: {' '.join(str(error).split())}"
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return 2, f"qdora: out of memory: {reason(error)}; a smaller model, batch or length may fit"
+    except BrokenPipeError:
+        # Whoever read our output has had enough of it, and Python is not to complain when it flushes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141, ""
     except OSError as error:
         if error.errno not in _PLACES_FAULT or not error.filename:
             raise

@@ -22,6 +22,9 @@ __all__ = ["Answer", "Conversation", "Sampling"]
 _UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
 
+_COLDEST = 1e-3  # logits divided by less may be infinite
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How answers are chosen, whatever the model's own generation config asks for."""
@@ -38,6 +41,10 @@ class Sampling:
             raise ConfigError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature must be 0 (greedy) or more, found {self.temperature}")
+        if 0 < self.temperature < _COLDEST:
+            raise ConfigError(f"temperature must be 0 (greedy) or at least {_COLDEST:g}, found {self.temperature:g}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be at least 0 and below 2^63, found {self.seed}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, found {self.top_p}")
 
@@ -154,6 +161,8 @@ class Conversation:
     def _prompt(self, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
         if not self.tokenizer.chat_template:
             ids: list[int] = self.tokenizer(question)["input_ids"]
+            if not ids:
+                raise ConfigError("the question is empty, and this model has no chat template that would say more")
             # Some tokenizers end each text, and this one is to go on.
             return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] and len(ids) > 1 else ids
         text = render_chat(self.tokenizer, _messages(self.system, turns, question))

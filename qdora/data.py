@@ -137,16 +137,18 @@ def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool) -> tuple[li
     if loss_on_all:
         has_loss = [True] * len(ids)
     else:
-        has_loss = [
-            any(end > start and end > first and start < last for first, last in rendered.answers)
-            for start, end in offsets
-        ]
+        has_loss = [any(_reaches(start, end, *answer) for answer in rendered.answers) for start, end in offsets]
     if not rendered.whole and tokenizer.eos_token_id is not None:
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
             has_loss.append(True)
         has_loss[-1] = True  # also where the tokenizer added it: an answer ends
     return ids, has_loss
+
+
+def _reaches(start: int, end: int, first: int, last: int) -> bool:
+    """Whether a token lies in an answer. Some tokenizers give white space offsets of no length, (end, end)."""
+    return first < end <= last if start == end else end > first and start < last
 
 
 def _is_open(ids: list[int], has_loss: list[bool], tokenizer: Any) -> bool:

@@ -141,15 +141,10 @@ class Headroom:
         reckoned, asked = memory_model(self._run, self._training, on_accelerator), asked_plan(self._run, self._training)
         failed = reckoned.need(asked).device_bytes
         plan, need = choose(reckoned, asked, min(room, int(failed * _LESS)))
-        batch = (
-            ""
-            if plan.rows * plan.accumulation == asked.rows * asked.accumulation
-            else ("; that is another batch, so that a resumed epoch goes on at other rows than it stopped at")
-        )
         held = " --hold_outputs false" if asked.hold_outputs and not plan.hold_outputs else ""
         return (
             f"of {format_bytes(room)} this plan takes {format_bytes(failed)}, and {format_bytes(need.device_bytes)} "
-            f"with {plan.flags()}{held}{batch}"
+            f"with {plan.flags()}{held}"
         )
 
 

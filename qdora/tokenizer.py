@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qdora.errors import CheckpointError
 from qdora.sources import local_model, unusable
 
-__all__ = ["load_tokenizer", "tokenizer_of"]
+__all__ = ["check_vocabulary", "load_tokenizer", "tokenizer_of"]
 
 
 def load_tokenizer(
@@ -52,5 +53,18 @@ def tokenizer_of(
             # tokenizer files fail in as many ways as there are kinds of tokenizers
             raise unusable(adapter, "tokenizer", error) from None
         if tokenizer.chat_template:
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
             return tokenizer, "the adapter"
     return load_tokenizer(model, trust_remote_code), "the model"
+
+
+def check_vocabulary(model: Any, tokenizer: Any, whose: str) -> None:
+    """
+    Raises:
+        CheckpointError: the tokenizer has a token that the model has no embedding of.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise CheckpointError(f"the tokenizer of {whose} has tokens up to {largest}, and the model {rows} embeddings")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qdora
-from qdora.answers import Question, answer, count_matches, questions
+from qdora.answers import Question, _batches, answer, count_matches, questions
 from qdora.data import encode
 from tests.conftest import make_model, make_tokenizer
 
@@ -53,3 +53,14 @@ def test_batches_answer_as_single_rows_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("answers", "right"), [(["a", "b"], 2), (["a", "B"], 1), (["", "b."], 0)])
 def test_matches(answers: list[str], right: int) -> None:
     assert count_matches([Question([1, 2], "a", 1), Question([1, 2], "b", 1)], answers) == right
+
+
+def test_a_batch_has_room_for_its_longest_answer() -> None:
+    asked = [Question([1] * length, "x", tokens) for length, tokens in ((2, 90), (70, 5), (73, 4), (100, 3), (3, 3))]
+    batches = _batches(asked, 8, 128)
+    assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
+    for batch in batches:
+        longest, most = max(len(asked[i].prompt) for i in batch), max(asked[i].tokens for i in batch)
+        assert longest + most + 8 <= 128
+    assert len(batches) == 2
+    assert _batches(asked, 2, None) == [[0, 4], [1, 2], [3]]

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 import qdora
 from qdora.arithmetic import training_dtype
 from qdora.conversation import Conversation, Sampling, _Stream
-from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError
+from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError, QDoRAError
 from qdora.inject import adapters_disabled
 from qdora.verbs.chat import HELP, Terminal, _remembered_interrupt, chat, converse
 from tests.conftest import make_model, make_tokenizer
@@ -503,3 +503,32 @@ def test_a_pipe_gets_the_answers_and_nothing_else(tiny: Path, tmp_path: Path) ->
     remarks = [line for line in done.stderr.splitlines() if not line.startswith("(cut after")]
     assert len(remarks) == 1, done.stderr
     assert remarks[0].startswith(f"{model}: 16-bit weights")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": 2**64}, "seed must be at least 0 and below"),
+        ({"seed": -1}, "seed must be at least 0 and below"),
+        ({"temperature": 1e-40}, "temperature must be 0"),
+        ({"prompts": ["a\udcff"]}, "is not UTF-8 text"),
+        ({"system": "a\udcff", "prompts": ["a"]}, "is not UTF-8 text"),
+    ],
+)
+def test_values_that_cannot_be_used(settings: dict[str, Any], message: str, tiny: Path) -> None:
+    with pytest.raises(QDoRAError, match=message):
+        qdora.chat(tiny, **settings)
+
+
+def test_an_empty_question_to_a_model_without_a_template(model: Any) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="the question is empty"):
+        talk(model, tokenizer).ask("")
+
+
+def test_a_reader_that_has_had_enough(tiny: Path) -> None:
+    command = f"{sys.executable} -m qdora chat {tiny} --prompt hi --max_new_tokens 30 | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr

@@ -284,3 +284,11 @@ def test_a_bos_that_is_there_is_enough(row: dict[str, str]) -> None:
     for given in (row, {key: value.removeprefix("<s>") for key, value in row.items()}):
         ids = encode([given], tokenizer, None).input_ids[0]
         assert tokenizer.decode(ids) == "<s>hello<|im_end|>"
+
+
+def test_white_space_without_offsets_is_learned() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    code = "\ndef f(x):\n    if x:\n        return 1"
+    assert learned({"prompt": "Write f.", "completion": code}, tokenizer) == f"{code}<|im_end|>"
+    assert learned({"instruction": "Write f.", "output": code}, tokenizer) == f"{code}<|im_end|>"

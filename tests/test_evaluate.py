@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 import qdora
-from qdora import CheckpointError, DataError
-from qdora.verbs.evaluate import EvaluateReport, evaluate
+from qdora import CheckpointError, ConfigError, DataError, NumericsError
+from qdora.choices import choice_rows
+from qdora.rows import read_rows
+from qdora.verbs.evaluate import EvaluateReport, _choice_data, evaluate
+from tests.conftest import make_model, make_tokenizer
+from tests.test_numerics import spoil
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +88,65 @@ def test_multiple_choice(tiny_nf4: Path, tmp_path: Path) -> None:
 def test_mistakes(tiny_nf4: Path, pairs_file: Path) -> None:
     with pytest.raises(CheckpointError, match="is in NF4, so it is no merged model"):
         run(tiny_nf4, pairs_file, merged=tiny_nf4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "per_device_eval_batch_size must be at least 1, found 0"),
+        ({"batch_size": -1}, "per_device_eval_batch_size must be at least 1, found -1"),
+        ({"max_rows": 0}, "max_rows must be at least 1, found 0"),
+        ({"max_length": -1}, "max_length must be at least 1, found -1"),
+        ({"exact_match_rows": -2}, "exact_match must be at least 0, found -2"),
+    ],
+)
+def test_counts_that_are_none(settings: dict[str, int], message: str, tiny: Path, pairs_file: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        qdora.evaluate(tiny, pairs_file, **settings)
+
+
+def test_choices_are_compared_by_their_own_words(tiny: Path, tmp_path: Path) -> None:
+    def asked(first: str) -> Path:
+        turns = [
+            {"role": "user", "content": "1?"},
+            {"role": "assistant", "content": first},
+            {"role": "user", "content": "2?"},
+        ]
+        rows = [
+            {
+                "messages": [*turns, {"role": "assistant", "content": f"{n}"}],
+                "choices": [f"{n}", f"{n} and {n} and more"],
+            }
+            for n in range(6)
+        ]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / "a.jsonl"
+
+    data = asked("word " * 30)
+    exam = _choice_data(choice_rows(read_rows(data), data), qdora.load_tokenizer(tiny), None, data)
+    for number, variants in enumerate(exam):
+        for ids, labels, text in zip(variants.input_ids, variants.labels, (f"{number}", f"{number} and"), strict=True):
+            kept = [label for label in labels if label != -100]
+            assert qdora.load_tokenizer(tiny).decode(kept).startswith(text)
+            assert len(kept) < len(ids) / 4
+
+
+def test_a_model_whose_loss_is_not_finite_has_no_figures(tmp_path: Path, pairs_file: Path) -> None:
+    model = spoil(make_model(tmp_path / "m"), "model.norm.weight", float("nan"))
+    with pytest.raises(NumericsError, match="the loss of base is not finite"):
+        qdora.evaluate(model, pairs_file, exact_match_rows=0)
+
+
+def test_an_adapter_s_tokenizer_without_a_pad_token(
+    tiny: Path, tiny_adapter: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(adapter)
+    report = qdora.evaluate(tiny, pairs_file, adapter, exact_match_rows=3, max_rows=4)
+    assert report.answered == 3
+    tokenizer.add_tokens([f"<extra-{i}>" for i in range(9)])
+    tokenizer.save_pretrained(adapter)
+    with pytest.raises(CheckpointError, match="the tokenizer of the adapter has tokens up to"):
+        qdora.evaluate(tiny, pairs_file, adapter, exact_match_rows=3, max_rows=4)

@@ -141,7 +141,7 @@ def test_the_flags_are_the_planner_s(tiny_nf4: Path, monkeypatch: pytest.MonkeyP
     assert fits.plan.rows * fits.plan.accumulation == 8
     assert "nothing fits in 10 kB: the least is" in headroom(tiny_nf4, 10**4, monkeypatch).advice()
     odd = headroom(tiny_nf4, 10**9, monkeypatch, per_device_train_batch_size=5, loss_chunk_size="4MiB").advice()
-    assert "that is another batch" in odd
+    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 5" in odd
     assert "--hold_outputs" not in odd
 
 

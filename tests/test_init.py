@@ -13,6 +13,7 @@ import qdora
 from qdora import ConfigError
 from qdora.arguments import parse_train
 from qdora.verbs.init import init
+from tests.conftest import make_model
 
 
 def test_it_is_made_for_model_and_data(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -73,3 +74,10 @@ def test_mistakes(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing fits in 10 kB"):
         init(tiny_nf4, pairs_file, memory="10kB", use_cpu=True, out=tmp_path / "small.yaml")
     assert not (tmp_path / "small.yaml").exists()
+
+
+def test_a_model_that_is_called_by_a_number(tmp_path: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "135")
+    report = qdora.init("135", pairs_file)
+    assert yaml.safe_load(Path(report.path).read_text())["model_name_or_path"] == "135"

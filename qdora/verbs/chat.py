@@ -29,11 +29,11 @@ from qdora.adapterfile import loads_in_4bit, read_adapter
 from qdora.architecture import is_nf4_checkpoint
 from qdora.arithmetic import pick_device, usual_dtype
 from qdora.conversation import Answer, Conversation, Sampling
-from qdora.errors import CheckpointError, ConfigError, DataError
+from qdora.errors import ConfigError, DataError
 from qdora.generation import place_of
 from qdora.model import load_model
 from qdora.sources import local_model
-from qdora.tokenizer import tokenizer_of
+from qdora.tokenizer import check_vocabulary, tokenizer_of
 
 __all__ = ["Terminal", "chat", "converse"]
 
@@ -119,6 +119,9 @@ def chat(
     if compare and adapter is None:
         raise ConfigError("compare needs an adapter: it answers without and with it; give --adapter")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    for text in (*(prompts or ()), system or ""):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(f"{text!r} is not UTF-8 text")
     terminal = terminal or Terminal.standard()
     source, file = local_model(model), None if adapter is None else read_adapter(adapter)
     packed, place = is_nf4_checkpoint(source, trust_remote_code), pick_device(device)
@@ -136,7 +139,7 @@ def chat(
         allow_other_base=allow_other_base,
     )
     loaded.eval()
-    _check_vocabulary(loaded, tokenizer, whose)
+    check_vocabulary(loaded, tokenizer, whose)
     named = str(model) if adapter is None else f"{model} with {adapter}"
     weights = "NF4 weights" if packed else "rounded to NF4 as it was loaded" if in_4bit else "16-bit weights"
     terminal.note(f"{named}: {weights}, {_arithmetic(loaded)}, {_template(tokenizer, whose)}")
@@ -271,10 +274,3 @@ def _remembered_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _check_vocabulary(model: Any, tokenizer: Any, whose: str) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise CheckpointError(f"the tokenizer of {whose} has tokens up to {largest}, and the model {rows} embeddings")

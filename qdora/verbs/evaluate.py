@@ -10,8 +10,9 @@ What is measured, each over the same rows:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from qdora.architecture import context_of, is_nf4_checkpoint
 from qdora.arithmetic import pick_device, usual_dtype
 from qdora.choices import Accuracy, Choice, accuracy, choice_rows
 from qdora.data import EncodedData, encode
-from qdora.errors import CheckpointError, DataError
+from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError
 from qdora.generation import place_of
 from qdora.inject import adapted_linears, adapters_disabled
+from qdora.loss import IGNORED
 from qdora.measure import padded_batches, row_likelihoods, score
 from qdora.model import load_model
 from qdora.output import replace_text
@@ -34,7 +36,7 @@ from qdora.rows import Row, read_rows
 from qdora.scoring import ScoredModel
 from qdora.sources import local_model
 from qdora.tables import aligned
-from qdora.tokenizer import tokenizer_of
+from qdora.tokenizer import check_vocabulary, tokenizer_of
 
 __all__ = ["EvaluateReport", "Measured", "evaluate"]
 
@@ -146,10 +148,12 @@ def evaluate(
     Raises:
         QDoRAError: a model, the adapter or the data is wrong.
     """
+    _check_counts(1, per_device_eval_batch_size=batch_size, max_rows=max_rows, max_length=max_length)
+    _check_counts(0, exact_match=exact_match_rows)
     _check_merged(merged, trust_remote_code)
     source, file = local_model(model), None if adapter is None else read_adapter(adapter)
     packed = is_nf4_checkpoint(source, trust_remote_code)
-    tokenizer, _ = tokenizer_of(source, adapter, trust_remote_code)
+    tokenizer, whose = tokenizer_of(source, adapter, trust_remote_code)
     rows = read_rows(dataset, dataset_split)[:max_rows]
     chosen = choice_rows(rows, dataset, choices)
     place = pick_device(device)
@@ -164,6 +168,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
+    check_vocabulary(loaded, tokenizer, whose)
     limit = context_of(loaded.config)
     length = min(filter(None, (max_length, limit)), default=None)
     exam = _Exam(
@@ -180,7 +185,17 @@ def evaluate(
         results["adapter"] = _examine(loaded, tokenizer, exam, "adapter")
     del loaded  # there may be no room for two
     if merged is not None:
-        results["merged"] = _examine(_load_merged(merged, dtype, place, trust_remote_code), tokenizer, exam, "merged")
+        plain = load_model(
+            merged,
+            dtype=dtype or usual_dtype(local_model(merged), False, place),
+            device=place,
+            load_in_4bit=False,
+            stream_base=stream_base,
+            embedding_on_host=embedding_on_host,
+            trust_remote_code=trust_remote_code,
+        )
+        check_vocabulary(plain, tokenizer, whose)
+        results["merged"] = _examine(plain, tokenizer, exam, "merged")
     models = {name: measured for name, (measured, _) in results.items()}
     answers = {name: given for name, (_, given) in results.items()}
     return EvaluateReport(str(dataset), str(exam.data), len(exam.asked), len(chosen), models, answers)
@@ -193,6 +208,8 @@ def _examine(model: Any, tokenizer: Any, exam: _Exam, name: str) -> tuple[Measur
     rows = list(zip(exam.data.input_ids, exam.data.labels, strict=True))
     batches = list(padded_batches(rows, exam.batch_size, place_of(model)))
     tally = score(entry, (batch for _, batch in _bar(f"{name}: loss", "batches")(batches)), lean)
+    if not math.isfinite(tally.loss):
+        raise NumericsError(f"the loss of {name} is not finite; try --dtype bfloat16 or float32")
     given = answer(model, tokenizer, exam.asked, exam.batch_size, _bar(f"{name}: answers", "batches"))
     chosen = _choose(entry, exam, lean, name)
     measured = Measured(
@@ -219,16 +236,6 @@ def _check_merged(merged: str | Path | None, trust_remote_code: bool) -> None:
         raise CheckpointError(f"{merged} is in NF4, so it is no merged model; give it in the base model's place")
 
 
-def _load_merged(merged: str | Path, dtype: str | None, place: torch.device, trust_remote_code: bool) -> Any:
-    return load_model(
-        merged,
-        dtype=dtype or usual_dtype(local_model(merged), False, place),
-        device=place,
-        load_in_4bit=False,
-        trust_remote_code=trust_remote_code,
-    )
-
-
 def _questions(rows: list[Row], tokenizer: Any, limit: int | None, dataset: str | Path) -> list[Question]:
     """What is to be answered: rows that, with their answers, fit into what the model takes."""
     asked = questions(encode(rows, tokenizer, None, dataset), tokenizer) if rows else []
@@ -239,13 +246,29 @@ def _choice_data(
     chosen: Sequence[Choice], tokenizer: Any, length: int | None, dataset: str | Path
 ) -> list[EncodedData]:
     """The variants of each question. None may be cut, for it would be measured by its beginning."""
-    variants = [encode(choice.rows, tokenizer, length, dataset) for choice in chosen]
+    variants = [_last_answers(encode(choice.rows, tokenizer, length, dataset)) for choice in chosen]
     for number, (data, choice) in enumerate(zip(variants, chosen, strict=True), 1):
         if len(data) != len(choice.rows) or data.cut:
             raise DataError(
                 f"{dataset}, row {number}: its choices do not fit in max_length; raise it or leave the row out"
             )
     return variants
+
+
+def _last_answers(data: EncodedData) -> EncodedData:
+    """With labels on each row's last answer alone: what came before is the same for all choices."""
+    labels = []
+    for row in data.labels:
+        last = max(i for i, label in enumerate(row) if label != IGNORED)
+        first = max((i for i in range(last) if row[i] == IGNORED), default=-1)
+        labels.append([*[IGNORED] * (first + 1), *row[first + 1 :]])
+    return replace(data, labels=labels)
+
+
+def _check_counts(at_least: int, **counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < at_least:
+            raise ConfigError(f"{name} must be at least {at_least}, found {count}")
 
 
 def _bar(what: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:

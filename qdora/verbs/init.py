@@ -190,7 +190,8 @@ def _page(
     for name, value in settings.items():
         found = comments.get(name, [])
         lines += ["", *(f"# {line}" for line in found)] if found else []
-        lines.append(yaml.safe_dump({name: _number(value)}, allow_unicode=True, width=1000).strip())
+        entry = {name: _number(value) if name == "learning_rate" else value}
+        lines.append(yaml.safe_dump(entry, allow_unicode=True, width=1000).strip())
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,7 @@ from qdora.baseweights import StoredBase
 from qdora.config import AdapterConfig
 from qdora.drawing import draw_changes
 from qdora.errors import CheckpointError, ConfigError
+from qdora.output import replace_bytes
 from qdora.shards import fingerprint, format_bytes
 from qdora.sources import local_model
 from qdora.tables import aligned, wrapped
@@ -214,7 +215,7 @@ def inspect(
     return InspectReport(
         adapter=str(adapter),
         config=file.config,
-        values=sum(_values(linear) for linear in file.linears.values()),
+        values=sum(map(_values, file.linears.values())) + sum(weight.numel() for weight in file.whole.values()),
         file_bytes=(Path(adapter) / WEIGHTS_FILE).stat().st_size,
         trained_on=file.base_model,
         trained_kind=file.base_kind,
@@ -265,7 +266,7 @@ def _picture_file(picture: str | Path | None) -> Path | None:
 def _draw(changes: Sequence[LinearChange], title: str, path: Path, asked_for: bool) -> tuple[Path | None, str]:
     """Where the picture is, or why there is none."""
     try:
-        path.write_bytes(draw_changes(changes, title))
+        replace_bytes(path, draw_changes(changes, title))
     except OSError as error:
         if asked_for:
             raise ConfigError(f"cannot write the picture {path}: {error.strerror}; name another file") from None
