@@ -10,9 +10,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from qdora.architecture import context_of
-from qdora.data import EncodedData
+from qdora.data import EncodedData, last_answer_in
 from qdora.generation import RefuseNaN, end_tokens, generating_by, place_of
-from qdora.loss import IGNORED
 
 __all__ = ["Question", "answer", "count_matches", "questions"]
 
@@ -34,13 +33,10 @@ def questions(data: EncodedData, tokenizer: Any) -> list[Question]:
     """The rows' last answers as questions; rows that begin with their answer (plain text) have none."""
     found = []
     for ids, labels in zip(data.input_ids, data.labels, strict=True):
-        last = max(i for i, label in enumerate(labels) if label != IGNORED)
-        first = last
-        while first > 0 and labels[first - 1] != IGNORED:
-            first -= 1
+        first, end = last_answer_in(labels)
         if first > 1:
-            expected = tokenizer.decode(ids[first : last + 1], skip_special_tokens=True)
-            found.append(Question(ids[:first], expected.strip(), last + 1 - first))
+            expected = tokenizer.decode(ids[first:end], skip_special_tokens=True)
+            found.append(Question(ids[:first], expected.strip(), end - first))
     return found
 
 

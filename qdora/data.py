@@ -17,7 +17,7 @@ from qdora.layouts import Rendered, recognize, render
 from qdora.loss import IGNORED
 from qdora.rows import Row
 
-__all__ = ["EncodedData", "encode", "marked"]
+__all__ = ["EncodedData", "encode", "last_answer_in", "marked"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,13 @@ class EncodedData:
         if self.dropped:
             text += f"; {self.dropped} rows without an answer (within max_length) left out"
         return text
+
+
+def last_answer_in(labels: Sequence[int]) -> tuple[int, int]:
+    """(first, end) of the last unbroken run of tokens with loss; there must be one."""
+    last = max(i for i, label in enumerate(labels) if label != IGNORED)
+    first = max((i for i in range(last) if labels[i] == IGNORED), default=-1) + 1
+    return first, last + 1
 
 
 def marked(ids: Sequence[int], labels: Sequence[int], tokenizer: Any, marks: tuple[str, str] = ("⟦", "⟧")) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qdora.config import ALL_LINEAR
 
-__all__ = ["DEFAULTS", "OTHER_NAMES", "OWN_OPTIMIZERS", "RunArguments"]
+__all__ = ["DEFAULTS", "OTHER_NAMES", "OWN_OPTIMIZERS", "PLAIN_LOSSES", "RunArguments"]
 
 # Where our defaults differ from SFTConfig's: an adapter learns faster than a whole model, bf16 is the model's own
 # dtype (so that autocast has nothing to do), and a loss that is not finite must be seen.
@@ -47,6 +47,8 @@ OTHER_NAMES = {
 
 # The names under which AdamW means `optimizer.CompensatedAdamW`; any other name is the trainer's.
 OWN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+# The likelihood alone. `chunked_nll` is what TRL called its own lean way before that became the plain one.
+PLAIN_LOSSES = ("nll", "chunked_nll")
 
 
 @dataclass

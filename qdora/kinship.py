@@ -9,11 +9,11 @@ weights apart. Three things do, and an adapter's file records what it can of eac
     probe     what three of the adapted weights answer to one fixed input, sixteen numbers each
 
 If hashes or sources meet, these are the same weights; and if the answers meet too, as they are rounded in the same way,
-it is a right pair, and nothing is said. Different hashes do not make a wrong one: the same
-model in another dtype, by other names or quantized by another tool has another hash. But rounding to NF4 moves the
-answers to the probe by a tenth of their length, another dtype by a thousandth, and those of other weights have nothing
-to do with each other. So a pair whose answers are further apart than half their length is refused, and what neither
-hash nor probe decides (a near relative of the base, an adapter that records nothing) is said in one line.
+it is a right pair, and nothing is said. Different hashes do not make a wrong one: the same model in another dtype, by
+other names or quantized by another tool has another hash. But rounding to NF4 moves the answers to the probe by a tenth
+of their length, another dtype by a thousandth, and those of other weights have nothing to do with each other. So a pair
+whose answers are further apart than half their length is refused, and what neither hash nor probe decides (a near
+relative of the base, an adapter that records nothing) is said in one line.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora.errors import DataError, reason, shown
-from qdora.rows import Row, parse_json
+from qdora.rows import Row, holds_half_a_pair, parse_json
 from qdora.templates import render as render_template
 from qdora.toolcalls import calls_that_fit, check_places
 
@@ -173,7 +173,7 @@ class _Template:
         except Exception as error:
             # jinja raises its own errors, and templates raise what they like
             raise DataError(f"{self.where}: the chat template refuses this chat: {reason(error)}") from None
-        if _holds_half_a_pair(text):
+        if holds_half_a_pair(text):
             raise DataError(f"{self.where}: the chat holds half of a surrogate pair, which is no character")
         return text
 
@@ -262,13 +262,9 @@ def _text(row: Row, column: str, where: str) -> str:
         raise DataError(f"{where}: the field {column!r} is missing")
     if not isinstance(value, str):
         raise DataError(f"{where}: the field {column!r} must be text, found {type(value).__name__}")
-    if _holds_half_a_pair(value):
+    if holds_half_a_pair(value):
         raise DataError(f"{where}: the field {column!r} holds half of a surrogate pair, which is no character")
     return value
-
-
-def _holds_half_a_pair(text: str) -> bool:
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _messages(row: Row, column: str, role_key: str, content_key: str, where: str) -> list[Row]:

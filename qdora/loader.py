@@ -223,10 +223,9 @@ class _StoredExperts:
         stacks = {name: keys[f"{path}.{name}"] for name in STACKS if f"{path}.{name}" in keys}
         self._stacks = {} if self._keys else {name: reader.get(key) for name, key in stacks.items()}
         for name, stack in self._stacks.items():
-            if tuple(stack.shape) != experts.stack_shapes()[name]:
-                raise CheckpointError(
-                    f"{path}.{name} is {tuple(stack.shape)}, and {experts.stack_shapes()[name]} by config.json"
-                )
+            found, expected = tuple(stack.shape), experts.stack_shapes()[name]
+            if found != expected:
+                raise CheckpointError(f"{path}.{name} is {found}, and {expected} by config.json")
 
     def weight(self, number: int, name: str, quantize: bool, dtype: torch.dtype, device: torch.device) -> BaseWeight:
         """See `fill_experts`."""

@@ -17,7 +17,7 @@ from qdora.architecture import hollow_model
 from qdora.arguments import adapter_config
 from qdora.arithmetic import training_dtype
 from qdora.errors import ConfigError
-from qdora.flags import OWN_OPTIMIZERS, RunArguments
+from qdora.flags import OWN_OPTIMIZERS, PLAIN_LOSSES, RunArguments
 from qdora.groups import freeze_part
 from qdora.memory import MemoryModel
 from qdora.plan import Need, Plan, Run
@@ -68,7 +68,7 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
             optim=None if training.optim in OWN_OPTIMIZERS else str(getattr(training.optim, "value", training.optim)),
             checkpointing=training.gradient_checkpointing,
             # as `trainer.AdapterTrainer` decides
-            lean_loss=training.loss_type in ("nll", "chunked_nll")
+            lean_loss=training.loss_type in PLAIN_LOSSES
             and not training.label_smoothing_factor
             and not getattr(training, "router_aux_loss_coef", None),
             filled=training.packing,

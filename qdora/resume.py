@@ -85,20 +85,18 @@ def start(run: RunArguments, training: Any, output_dir: Path) -> Start:
     other = None if record is None else _difference(record["settings"], settings)
     asked = str(training.resume_from_checkpoint).lower()
     this = record if record is not None and not other else None
+    unfinished = this if this is not None and not this["finished"] else None
     if asked not in ("none", "false"):
         checkpoint = _asked_for(training.resume_from_checkpoint, output_dir)
         _check_optimizer(checkpoint, settings)
         beginning = _from(checkpoint, settings, this if _is_in(checkpoint, output_dir) else None)
-        again = this is not None and not this["finished"] and this.get("began_from") == beginning.began_from
+        again = unfinished is not None and unfinished.get("began_from") == beginning.began_from
         if _is_in(checkpoint, output_dir) or again:
             return beginning
-    elif this is not None and not this["finished"]:
-        # If the run that is there was started without that flag, the flag asks for a new beginning.
-        anew = run.overwrite_output_dir and not this["settings"].get("overwrite_output_dir")
-        if not anew:
-            return _go_on(settings, output_dir, this)
-        beginning = Start(settings)
     else:
+        # If the run that is there was started without that flag, the flag asks for a new beginning.
+        if unfinished and (not run.overwrite_output_dir or unfinished["settings"].get("overwrite_output_dir")):
+            return _go_on(settings, output_dir, unfinished)
         beginning = Start(settings)
     if not run.overwrite_output_dir and (
         record or (output_dir / "adapter_config.json").is_file() or checkpoints_in(output_dir)
@@ -118,7 +116,9 @@ def _from(checkpoint: Path, settings: dict[str, Any], record: dict[str, Any] | N
     step = TrainerState.load_from_json(str(checkpoint / STATE_FILE)).global_step
     if record is not None and step > record.get("began_at", 0):
         return Start(settings, str(checkpoint), True, True, record.get("began_from"), record.get("began_at", 0))
-    return Start(settings, str(checkpoint), found=record is not None, began_from=_place(checkpoint), began_at=step)
+    return Start(
+        settings, str(checkpoint), found=record is not None, began_from=str(checkpoint.resolve()), began_at=step
+    )
 
 
 def _go_on(settings: dict[str, Any], output_dir: Path, record: dict[str, Any]) -> Start:
@@ -145,10 +145,6 @@ def _go_on(settings: dict[str, Any], output_dir: Path, record: dict[str, Any]) -
 
 def _is_in(checkpoint: Path, output_dir: Path) -> bool:
     return checkpoint.resolve().parent == output_dir.resolve()
-
-
-def _place(checkpoint: Path) -> str:
-    return str(checkpoint.resolve())
 
 
 def _check_optimizer(checkpoint: Path, settings: dict[str, Any]) -> None:

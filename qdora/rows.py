@@ -14,7 +14,7 @@ from typing import Any
 
 from qdora.errors import DataError
 
-__all__ = ["Row", "held_out", "parse_json", "read_rows"]
+__all__ = ["Row", "held_out", "holds_half_a_pair", "parse_json", "read_rows"]
 
 Row = dict[str, Any]
 
@@ -67,6 +67,11 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error})") from None
+
+
+def holds_half_a_pair(text: str) -> bool:
+    """Whether a text holds a lone surrogate, which is no character: JSON can write one, and UTF-8 cannot."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _read_jsonl(path: Path) -> list[Row]:

@@ -33,9 +33,7 @@ def load_tokenizer(
     except Exception as error:
         # tokenizer files fail in as many ways as there are kinds of tokenizers
         raise unusable(path, "tokenizer", error) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return _padding(tokenizer)
 
 
 def tokenizer_of(
@@ -53,10 +51,15 @@ def tokenizer_of(
             # tokenizer files fail in as many ways as there are kinds of tokenizers
             raise unusable(adapter, "tokenizer", error) from None
         if tokenizer.chat_template:
-            if tokenizer.pad_token is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            return tokenizer, "the adapter"
+            return _padding(tokenizer), "the adapter"
     return load_tokenizer(model, trust_remote_code), "the model"
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """With something to pad with."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def check_vocabulary(model: Any, tokenizer: Any, whose: str) -> None:

@@ -21,6 +21,7 @@ from qdora.callbacks import TellWhereItBegins
 from qdora.checkpoint import load_adapter, save_adapter
 from qdora.distributed import gathered, whole
 from qdora.errors import ConfigError, NumericsError, reason
+from qdora.flags import PLAIN_LOSSES
 from qdora.groups import Rates, parameter_groups, rates_by_part
 from qdora.kept import clear_scratch, keep_newest, name_checkpoint, scratch_of
 from qdora.loss import CHUNK_BYTES, IGNORED
@@ -223,8 +224,7 @@ class AdapterTrainer(SFTTrainer):
     def _other_loss(self) -> bool:
         # `aux_loss_enabled` is newer than the oldest TRL that fits: the load balancing of mixtures of experts.
         balances = getattr(self, "aux_loss_enabled", False)
-        # `chunked_nll` is what TRL called its own lean way before that became the plain one.
-        plain = self.args.loss_type in ("nll", "chunked_nll")
+        plain = self.args.loss_type in PLAIN_LOSSES
         return self.label_smoother is not None or not plain or balances
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -32,6 +32,7 @@ from qdora.conversation import Answer, Conversation, Sampling
 from qdora.errors import ConfigError, DataError
 from qdora.generation import place_of
 from qdora.model import load_model
+from qdora.rows import holds_half_a_pair
 from qdora.sources import local_model
 from qdora.tokenizer import check_vocabulary, tokenizer_of
 
@@ -120,7 +121,7 @@ def chat(
         raise ConfigError("compare needs an adapter: it answers without and with it; give --adapter")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     for text in (*(prompts or ()), system or ""):
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if holds_half_a_pair(text):
             raise DataError(f"{text!r} is not UTF-8 text")
     terminal = terminal or Terminal.standard()
     source, file = local_model(model), None if adapter is None else read_adapter(adapter)

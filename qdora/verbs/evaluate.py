@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qdora.answers import Question, answer, count_matches, questions
 from qdora.architecture import context_of, is_nf4_checkpoint
 from qdora.arithmetic import pick_device, usual_dtype
 from qdora.choices import Accuracy, Choice, accuracy, choice_rows
-from qdora.data import EncodedData, encode
+from qdora.data import EncodedData, encode, last_answer_in
 from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError
 from qdora.generation import place_of
 from qdora.inject import adapted_linears, adapters_disabled
@@ -157,15 +158,18 @@ def evaluate(
     rows = read_rows(dataset, dataset_split)[:max_rows]
     chosen = choice_rows(rows, dataset, choices)
     place = pick_device(device)
-    loaded = load_model(
-        source,
-        adapter,
-        dtype=dtype or usual_dtype(source, adapter is not None, place),
+    load = partial(
+        load_model,
         device=place,
-        load_in_4bit=loads_in_4bit(load_in_4bit, packed, file, model),
         stream_base=stream_base,
         embedding_on_host=embedding_on_host,
         trust_remote_code=trust_remote_code,
+    )
+    loaded = load(
+        source,
+        adapter,
+        dtype=dtype or usual_dtype(source, adapter is not None, place),
+        load_in_4bit=loads_in_4bit(load_in_4bit, packed, file, model),
         allow_other_base=allow_other_base,
     )
     check_vocabulary(loaded, tokenizer, whose)
@@ -185,15 +189,7 @@ def evaluate(
         results["adapter"] = _examine(loaded, tokenizer, exam, "adapter")
     del loaded  # there may be no room for two
     if merged is not None:
-        plain = load_model(
-            merged,
-            dtype=dtype or usual_dtype(local_model(merged), False, place),
-            device=place,
-            load_in_4bit=False,
-            stream_base=stream_base,
-            embedding_on_host=embedding_on_host,
-            trust_remote_code=trust_remote_code,
-        )
+        plain = load(merged, dtype=dtype or usual_dtype(local_model(merged), False, place), load_in_4bit=False)
         check_vocabulary(plain, tokenizer, whose)
         results["merged"] = _examine(plain, tokenizer, exam, "merged")
     models = {name: measured for name, (measured, _) in results.items()}
@@ -257,11 +253,8 @@ def _choice_data(
 
 def _last_answers(data: EncodedData) -> EncodedData:
     """With labels on each row's last answer alone: what came before is the same for all choices."""
-    labels = []
-    for row in data.labels:
-        last = max(i for i, label in enumerate(row) if label != IGNORED)
-        first = max((i for i in range(last) if row[i] == IGNORED), default=-1)
-        labels.append([*[IGNORED] * (first + 1), *row[first + 1 :]])
+    begins = [last_answer_in(row)[0] for row in data.labels]
+    labels = [[IGNORED] * first + row[first:] for first, row in zip(begins, data.labels, strict=True)]
     return replace(data, labels=labels)
 
 
