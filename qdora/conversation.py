@@ -16,6 +16,7 @@ from qdora.architecture import context_of
 from qdora.errors import ConfigError
 from qdora.generation import RefuseNaN, end_tokens, generating_by, place_of, render_chat
 from qdora.inject import adapters_disabled
+from qdora.tokenizer import check_ids
 
 __all__ = ["Answer", "Conversation", "Sampling"]
 
@@ -127,9 +128,11 @@ class Conversation:
         Raises:
             ConfigError: the question alone is longer than what the model takes, or the template refuses it; it is not
                 remembered.
+            CheckpointError: it has a token that the model has no embedding of.
             NumericsError: the model's logits are not finite.
         """
         turns, ids, room = self._fit(question)
+        check_ids(self.model, self.tokenizer, [ids])
         stream = _Stream(self.tokenizer, self._ends, write or (lambda piece: None), stopped)
         torch.manual_seed(self.sampling.seed + self._asked)
         self._asked += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ class Corpus:
     """The file that it came from."""
     asked: list[Question]
     """To be answered at each evaluation."""
+
+    def ids(self) -> Iterator[list[int]]:
+        """All rows' tokens."""
+        yield from self.data.input_ids
+        yield from () if self.evaluation is None else self.evaluation.input_ids
 
 
 def load_corpus(run: RunArguments, training: Any, tokenizer: Any) -> Corpus:

@@ -36,6 +36,8 @@ class EncodedData:
     """Assistant turns without loss, see `Rendered`."""
     ended: int = 0
     """Rows whose last answer was given an EOS, because the chat template ends it with no token of its own."""
+    without_tools: int = 0
+    """Rows with tools that the chat template leaves out."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -62,6 +64,8 @@ class EncodedData:
             )
         if self.ended:
             text += f"; {self.ended} answers ended by EOS, for the chat template gives them no end"
+        if self.without_tools:
+            text += f"; the tools of {self.without_tools} rows left out, for the chat template has no place for them"
         if self.dropped:
             text += f"; {self.dropped} rows without an answer (within max_length) left out"
         return text
@@ -110,7 +114,7 @@ def encode(
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("the tokenizer has no fast version, and answers are found by its offsets")
     layout = recognize(rows, source)
-    all_ids, all_labels, cut, dropped, hidden, ended = [], [], 0, 0, 0, 0
+    all_ids, all_labels, cut, dropped, hidden, ended, without_tools = [], [], 0, 0, 0, 0, 0
     for number, row in zip(numbers or range(1, len(rows) + 1), progress(rows), strict=True):
         rendered = render(row, number, layout, tokenizer, source, loss_on_all)
         ids, has_loss = _tokenize(rendered, tokenizer, loss_on_all)
@@ -123,6 +127,7 @@ def encode(
             continue
         hidden += rendered.hidden
         ended += is_open
+        without_tools += rendered.without_tools
         cut += any(has_loss[length:])
         all_ids.append(ids[:length])
         all_labels.append([i if loss else IGNORED for i, loss in zip(ids[:length], has_loss, strict=False)])
@@ -132,7 +137,7 @@ def encode(
             + (f" within max_length={max_length}" if max_length is not None else "")
             + "; every label would be masked"
         )
-    return EncodedData(all_ids, all_labels, layout, cut, dropped, hidden, ended)
+    return EncodedData(all_ids, all_labels, layout, cut, dropped, hidden, ended, without_tools)
 
 
 def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool) -> tuple[list[int], list[bool]]:
@@ -160,8 +165,10 @@ def _reaches(start: int, end: int, first: int, last: int) -> bool:
 
 def _is_open(ids: list[int], has_loss: list[bool], tokenizer: Any) -> bool:
     """Whether the last answer ends in words, so that nothing would teach a model to stop."""
-    learned = [token for token, loss in zip(ids, has_loss, strict=True) if loss]
-    return tokenizer.eos_token_id is not None and bool(learned) and learned[-1] not in tokenizer.added_tokens_decoder
+    backwards = (token for token, loss in zip(reversed(ids), reversed(has_loss), strict=True) if loss)
+    # Many templates write a line's end after the token that ends an answer.
+    last = next((token for token in backwards if tokenizer.decode([token]).strip()), None)
+    return tokenizer.eos_token_id is not None and last is not None and last not in tokenizer.added_tokens_decoder
 
 
 def _closed(ids: list[int], has_loss: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:

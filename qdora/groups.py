@@ -15,11 +15,22 @@ from torch import nn
 
 from qdora.errors import ConfigError
 
-__all__ = ["DIRECTION", "MAGNITUDE", "WHOLE", "Rates", "freeze_part", "parameter_groups", "rates_by_part"]
+__all__ = [
+    "DIRECTION",
+    "MAGNITUDE",
+    "WHOLE",
+    "Rates",
+    "freeze_part",
+    "keep_settings",
+    "parameter_groups",
+    "rates_by_part",
+]
 
 MAGNITUDE, DIRECTION, WHOLE = "magnitude", "direction", "modules to save"
 _VECTORS = "modules to save, without decay"
 _ONLY_B = "direction, B"
+# Of an optimizer's settings; its rates are the schedule's, and go on.
+_ASKED_ANEW = ("weight_decay", "betas", "eps")
 _PART_OF = {"magnitude_offset": MAGNITUDE, "lora_A": DIRECTION, "lora_B": DIRECTION}
 
 
@@ -74,6 +85,22 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
             entry = groups.setdefault(group, {"params": [], "lr": rate, "weight_decay": decay, "name": group})
             entry["params"].append(parameter)
     return list(groups.values())
+
+
+def keep_settings(loaded: Iterable[dict[str, Any]], fresh: Iterable[Mapping[str, Any]]) -> None:
+    """Decay, betas and epsilon as they are asked for now, in groups whose state was loaded.
+
+    Args:
+        loaded: an optimizer's groups.
+        fresh: the same, as they were before.
+
+    Raises:
+        ValueError: another optimizer's groups were loaded, which lack settings that this one reads.
+    """
+    for group, before in zip(loaded, fresh, strict=True):
+        if lacking := sorted(before.keys() - group.keys()):
+            raise ValueError(f"its optimizer has no {', '.join(lacking)}")
+        group.update({name: before[name] for name in _ASKED_ANEW if name in before})
 
 
 def rates_by_part(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from qdora.errors import DataError, reason, shown
 from qdora.rows import Row, holds_half_a_pair, parse_json
 from qdora.templates import render as render_template
-from qdora.toolcalls import calls_that_fit, check_places
+from qdora.toolcalls import calls_that_fit, check_calls, leaves_tools_out
 
 __all__ = ["Rendered", "last_answer", "recognize", "render", "with_last_answer"]
 
@@ -65,6 +65,8 @@ class Rendered:
     before them that could ask for an answer."""
     ends_in_answer: bool = False
     """Whether an assistant's turn is the last thing in a chat."""
+    without_tools: bool = False
+    """Whether the row has tools for which the chat template has no place."""
 
 
 def recognize(rows: Sequence[Row], source: str | Path) -> str:
@@ -115,11 +117,13 @@ def render(
         messages = _messages(row, "messages", "role", "content", where)
     template = _Template(tokenizer, _tools(row, where), where)
     messages = calls_that_fit(messages, template.tools, template.render)
-    check_places(messages, template.tools, template.render, where)
+    check_calls(messages, template.tools, template.render, where)
     if loss_on_all:
         text = template(messages)
-        return Rendered(text, ((0, len(text)),), whole=True, ends_in_answer=messages[-1]["role"] == "assistant")
-    return _mark_answers(messages, first_answer, template, where)
+        rendered = Rendered(text, ((0, len(text)),), whole=True, ends_in_answer=messages[-1]["role"] == "assistant")
+    else:
+        rendered = _mark_answers(messages, first_answer, template, where)
+    return replace(rendered, without_tools=leaves_tools_out(messages, template.tools, template.render))
 
 
 def last_answer(row: Row, layout: str, where: str) -> str:
@@ -183,6 +187,10 @@ class _Template:
         tokens = {str(token) for token in self.tokenizer.added_tokens_decoder.values()} - {""}
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
+    def has_words(self, text: str) -> bool:
+        """Whether there is anything in it but those."""
+        return bool(self.marks.sub("", text).strip())
+
 
 def _mark_answers(messages: list[Row], first_answer: int, template: _Template, where: str) -> Rendered:
     """An answer is what the chat gains between the request for it and its end.
@@ -199,9 +207,12 @@ def _mark_answers(messages: list[Row], first_answer: int, template: _Template, w
             hidden += 1  # what comes before it is the template's own, and many refuse to render that alone
             continue
         before, after = template(messages[:i], ask=True), template(messages[: i + 1])
-        end = _shared_end(text, before, after, message["content"].strip(), template.marks)
+        words = message["content"].strip()
+        end = _shared_end(text, before, after, words, template.marks)
         if end is not None:
-            if message["content"].strip() and not template.marks.sub("", text[len(before) : end]).strip():
+            answer = text[len(before) : end]
+            # An answer may be all tokens of the tokenizer's own; then it stands there as it is.
+            if words not in answer and template.has_words(words) and not template.has_words(answer):
                 raise DataError(
                     f"{where}: the chat template leaves the answer's words out; give another with --chat_template_path"
                 )

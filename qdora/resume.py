@@ -90,9 +90,10 @@ def start(run: RunArguments, training: Any, output_dir: Path) -> Start:
         checkpoint = _asked_for(training.resume_from_checkpoint, output_dir)
         _check_optimizer(checkpoint, settings)
         beginning = _from(checkpoint, settings, this if _is_in(checkpoint, output_dir) else None)
-        again = unfinished is not None and unfinished.get("began_from") == beginning.began_from
-        if _is_in(checkpoint, output_dir) or again:
+        if _is_in(checkpoint, output_dir):
             return beginning
+        if unfinished is not None and unfinished.get("began_from") == beginning.began_from:
+            return _newest(settings, output_dir, unfinished) or beginning  # the same command was given again
     else:
         # If the run that is there was started without that flag, the flag asks for a new beginning.
         if unfinished and (not run.overwrite_output_dir or unfinished["settings"].get("overwrite_output_dir")):
@@ -122,25 +123,34 @@ def _from(checkpoint: Path, settings: dict[str, Any], record: dict[str, Any] | N
 
 
 def _go_on(settings: dict[str, Any], output_dir: Path, record: dict[str, Any]) -> Start:
-    named = checkpoints_in(output_dir)
-    if named and settings.get("save_only_model"):
+    if checkpoints_in(output_dir) and settings.get("save_only_model"):
         raise ConfigError(
             f"{output_dir} holds this run unfinished, and its checkpoints hold the adapter alone (--save_only_model); "
             "go on with --resume_from_checkpoint last and a fresh optimizer, or choose another directory"
         )
-    for checkpoint in reversed(named):
+    if (newest := _newest(settings, output_dir, record)) is not None:
+        return newest
+    without = f"{output_dir} holds this run unfinished, without a whole checkpoint of its own"
+    if not record.get("began_from"):
+        say(f"{without}; starting from the beginning")
+        return Start(settings, found=True)
+    say(f"{without}; starting from {record['began_from']}, as it did")
+    checkpoint = _asked_for(record["began_from"], output_dir)
+    _check_optimizer(checkpoint, settings)
+    return _from(checkpoint, settings, record if _is_in(checkpoint, output_dir) else None)
+
+
+def _newest(settings: dict[str, Any], output_dir: Path, record: dict[str, Any]) -> Start | None:
+    """From the newest whole checkpoint that the run of that record has left; None without one."""
+    for checkpoint in reversed(checkpoints_in(output_dir)):
+        if step_of(checkpoint) <= record.get("began_at", 0):
+            break  # what is left is not this run's
         fault = fault_of(checkpoint, complete=True)
         if fault is None:
             say(f"{output_dir} holds this run unfinished; going on from {checkpoint.name}")
             return _from(checkpoint, settings, record)
         say(f"{checkpoint} is not whole ({fault}); looking for an earlier one")
-    if record.get("began_from"):
-        raise ConfigError(
-            f"{output_dir} holds this run unfinished and without a whole checkpoint, and it began from another run's; "
-            f"pass --resume_from_checkpoint {record['began_from']} again, or choose another directory"
-        )
-    say(f"{output_dir} holds this run unfinished, without a whole checkpoint; starting from the beginning")
-    return Start(settings, found=True)
+    return None
 
 
 def _is_in(checkpoint: Path, output_dir: Path) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qdora.errors import CheckpointError
+from qdora.errors import CheckpointError, shown
 from qdora.sources import local_model, unusable
 
-__all__ = ["check_vocabulary", "load_tokenizer", "tokenizer_of"]
+__all__ = ["check_ids", "load_tokenizer", "tokenizer_of"]
 
 
 def load_tokenizer(
@@ -62,12 +63,17 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_vocabulary(model: Any, tokenizer: Any, whose: str) -> None:
-    """
+def check_ids(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]], whose: str = "the model") -> None:
+    """That the model has embeddings of the tokens in use. Not of all that there are: some models leave out the unused.
+
     Raises:
-        CheckpointError: the tokenizer has a token that the model has no embedding of.
+        CheckpointError: a token without one.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise CheckpointError(f"the tokenizer of {whose} has tokens up to {largest}, and the model {rows} embeddings")
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    largest = max((max(row) for row in rows if row), default=-1)
+    if largest >= embeddings:
+        token = shown(str(tokenizer.convert_ids_to_tokens(largest)))
+        raise CheckpointError(
+            f"the tokenizer of {whose} gives token {largest} ({token}), and the model has {embeddings} embeddings; "
+            "use the tokenizer that belongs to the model"
+        )

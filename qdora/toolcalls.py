@@ -2,8 +2,9 @@
 
 Templates disagree on a call's arguments: most want a mapping and write it as JSON, and given text they would write it
 as JSON once more; some want text. Data has both. So a call is tried with a mapping first; where the template stops at
-that, or writes it as Python would, the arguments are given as JSON text. And many templates look at no calls at all, or
-at no tools: the model would be taught to answer with nothing, or without what it may call, so such a chat is refused.
+that, or writes it as Python would, the arguments are given as JSON text. And many templates look at no calls at all:
+the model would be taught to answer with nothing, so such a chat is refused. Tools that a template leaves out are only
+told of, for chats may have them and call none, or describe them in the system message.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from qdora.errors import DataError
 from qdora.rows import Row
 
-__all__ = ["calls_that_fit", "check_places"]
+__all__ = ["calls_that_fit", "check_calls", "leaves_tools_out"]
 
 Render = Callable[[list[Row], list[Any] | None], str]
 
@@ -38,22 +39,33 @@ def calls_that_fit(messages: list[Row], tools: list[Any] | None, render: Render)
     return [_with_arguments(message, _as_text) for message in messages]
 
 
-def check_places(messages: list[Row], tools: list[Any] | None, render: Render, where: str) -> None:
+def check_calls(messages: list[Row], tools: list[Any] | None, render: Render, where: str) -> None:
     """
     Raises:
-        DataError: the template leaves calls or tools out.
+        DataError: the template leaves calls out.
     """
-    with_calls = any(message.get("tool_calls") for message in messages)
-    if not (with_calls or tools):
+    if not any(message.get("tool_calls") for message in messages):
         return
-    text = render(messages, tools)
     bare = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
-    for what, there, others in (("tool calls", with_calls, (bare, tools)), ("tools", tools, (messages, None))):
-        if there and _renders(render, *others) == text:
-            raise DataError(
-                f"{where}: the model's chat template has no place for {what}, and leaves them out; give one that has "
-                "with --chat_template_path"
-            )
+    if _renders(render, bare, tools) == render(messages, tools):
+        raise DataError(
+            f"{where}: the model's chat template has no place for tool calls, and leaves them out; give one that has "
+            "with --chat_template_path"
+        )
+
+
+def leaves_tools_out(messages: list[Row], tools: list[Any] | None, render: Render) -> bool:
+    """Whether the template has no place for tools, and the text names not all of them either."""
+    if not tools:
+        return False
+    text = render(messages, tools)
+    return _renders(render, messages, None) == text and not all(name and name in text for name in _names(tools))
+
+
+def _names(tools: list[Any]) -> Iterator[str]:
+    for tool in tools:
+        inner = tool.get("function", tool) if isinstance(tool, dict) else None
+        yield str(inner.get("name", "") if isinstance(inner, dict) else tool)
 
 
 def _renders(render: Render, messages: list[Row], tools: list[Any] | None) -> str | None:

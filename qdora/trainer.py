@@ -22,7 +22,7 @@ from qdora.checkpoint import load_adapter, save_adapter
 from qdora.distributed import gathered, whole
 from qdora.errors import ConfigError, NumericsError, reason
 from qdora.flags import PLAIN_LOSSES
-from qdora.groups import Rates, parameter_groups, rates_by_part
+from qdora.groups import Rates, keep_settings, parameter_groups, rates_by_part
 from qdora.kept import clear_scratch, keep_newest, name_checkpoint, scratch_of
 from qdora.loss import CHUNK_BYTES, IGNORED
 from qdora.measure import score
@@ -35,7 +35,6 @@ from qdora.sharding import Sharding, shard_root
 
 __all__ = ["AdapterTrainer"]
 
-_ASKED_ANEW = {"weight_decay", "betas", "eps"}
 _MAKE_ROOM = "make room, and the same command goes on from the newest checkpoint that is there"
 
 
@@ -312,16 +311,15 @@ class AdapterTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The trainer's; with decay and betas as they are asked for now. A rate is the schedule's, and goes on."""
         self.state.best_model_checkpoint = self._best_checkpoint()  # the trainer forgets one that moved
-        asked = [{name: group[name] for name in _ASKED_ANEW & group.keys()} for group in self.optimizer.param_groups]
+        fresh = [dict(group) for group in self.optimizer.param_groups]
         try:
             self._load_states(checkpoint)
+            keep_settings(self.optimizer.param_groups, fresh)
         except ValueError as error:
             raise ConfigError(
-                f"{checkpoint} is of a run that trained otherwise: {reason(error)}; keep its --optim and --freeze, and "
-                "the adapter's flags"
+                f"{checkpoint} is of a run that trained otherwise, or of another release: {reason(error)}; keep its "
+                "--optim, --freeze and adapter's flags, or remove its optimizer.pt and pass --resume_from_checkpoint"
             ) from None
-        for group, values in zip(self.optimizer.param_groups, asked, strict=True):
-            group.update(values)
 
     def _load_states(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.args.world_size == 1:

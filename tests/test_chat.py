@@ -467,8 +467,9 @@ def test_the_adapter_s_template_is_used_if_it_has_one(tiny_nf4: Path, tiny_adapt
     assert script.answers == expected(model, other, [user("Hi")], 8) + "\n"
     other.add_tokens([f"<new-{i}>" for i in range(200)])
     other.save_pretrained(adapter)
+    assert say(tiny_nf4, "Hi", adapter=adapter).answers == script.answers
     with pytest.raises(CheckpointError, match="embeddings"):
-        say(tiny_nf4, "Hi", adapter=adapter)
+        say(tiny_nf4, "Hi <new-199>", adapter=adapter)
     (adapter / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
         say(tiny_nf4, "Hi", adapter=adapter)

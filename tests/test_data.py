@@ -255,6 +255,25 @@ def test_an_answer_that_nothing_asks_for_is_not_learned() -> None:
         encode([{"messages": greeting["messages"][:1]}], make_tokenizer(), None)
 
 
+@pytest.mark.parametrize("name", ["gemma", "qwen2_5", "phi3"])
+def test_what_follows_the_token_that_ends_an_answer_makes_no_other_end(name: str) -> None:
+    tokenizer = speaking(name)
+    data = encode([{"messages": CHAT}], tokenizer, None, loss_on_all=True)
+    assert (data.ended, data.labels) == (0, data.input_ids)
+    assert tokenizer.decode(data.input_ids[0]) == tokenizer.apply_chat_template(CHAT, tokenize=False)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_answer_may_be_a_token_that_was_added(special: bool, with_template: Any) -> None:
+    tokenizer = speaking("qwen2_5")
+    tokenizer.add_tokens(["<yes>"], special_tokens=special)
+    row = {"messages": [USER, {"role": "assistant", "content": "<yes>"}]}
+    assert learned(row, tokenizer).strip() == "<yes><|im_end|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content", "(message.content | upper)")
+    tokenizer.add_tokens(["<YES>"], special_tokens=special)
+    assert learned(row, tokenizer).strip() == "<YES><|im_end|>"
+
+
 OPEN = (
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"

@@ -280,7 +280,7 @@ def test_the_best_is_found_where_the_directory_was_moved(
 
 
 def test_another_run_s_checkpoint_does_not_mix_with_what_is_there(
-    out: Path, tiny_nf4: Path, pairs_file: Path, tmp_path: Path
+    out: Path, tiny_nf4: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = tmp_path / "there"
     quick(tiny_nf4, pairs_file, there, max_steps=1, save_steps=1)
@@ -290,9 +290,40 @@ def test_another_run_s_checkpoint_does_not_mix_with_what_is_there(
     flags["overwrite_output_dir"] = True
     killed(8, tiny_nf4, pairs_file, there, **flags)
     assert [path.name.rpartition("-")[0] for path in there.glob("*checkpoint-*")] == ["earlier-checkpoint-1"]
-    with pytest.raises(ConfigError, match=rf"another run's; pass --resume_from_checkpoint {out}/checkpoint-7 again"):
+    assert quick(tiny_nf4, pairs_file, there, **{**flags, "resume_from_checkpoint": None}).steps == 9
+    assert f"whole checkpoint of its own; starting from {out / 'checkpoint-7'}, as it did" in capsys.readouterr().out
+
+
+def test_the_same_command_with_another_run_s_checkpoint_goes_on_with_its_own(
+    out: Path, tiny_nf4: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"max_steps": 11, "save_steps": 2, "resume_from_checkpoint": str(out / "checkpoint-6")}
+    quick(tiny_nf4, pairs_file, tmp_path / "whole", **flags)
+    there = tmp_path / "there"
+    for step in (7, 9):  # before its first own checkpoint, and after it
+        killed(step, tiny_nf4, pairs_file, there, **flags)
+    quick(tiny_nf4, pairs_file, there, **flags)
+    assert "going on from checkpoint-8" in capsys.readouterr().out
+    assert sorted(path.name for path in there.glob("*checkpoint-*")) == [f"checkpoint-{i}" for i in (10, 11, 8)]
+    assert weights_of(there) == weights_of(tmp_path / "whole")
+    shutil.rmtree(out / "checkpoint-6")
+    record = json.loads((there / "qdora_train.json").read_text())
+    (there / "qdora_train.json").write_text(json.dumps({**record, "finished": False}))
+    for checkpoint in there.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ConfigError, match=r"nothing to resume: .*checkpoint-6 is not a trainer's checkpoint"):
         quick(tiny_nf4, pairs_file, there, **{**flags, "resume_from_checkpoint": None})
-    assert quick(tiny_nf4, pairs_file, there, **{**flags, "overwrite_output_dir": False}).steps == 9
+
+
+def test_a_fresh_optimizer_is_not_traded_for_an_older_state(out: Path, tiny_nf4: Path, pairs_file: Path) -> None:
+    """Another optimizer from a checkpoint without a state, killed before a checkpoint of its own."""
+    (out / "checkpoint-6" / "optimizer.pt").unlink()
+    flags = {**FLAGS, "optim": "adafactor", "max_steps": 8}
+    killed(7, tiny_nf4, pairs_file, out, **flags, resume_from_checkpoint=str(out / "checkpoint-6"))
+    assert quick(tiny_nf4, pairs_file, out, **flags).steps == 8
+    assert json.loads((out / "qdora_train.json").read_text())["began_at"] == 6
+    with pytest.raises(ConfigError, match=r"its optimizer has no beta1, .* or remove its optimizer\.pt and pass"):
+        quick(tiny_nf4, pairs_file, out, **flags, resume_from_checkpoint=str(out / "checkpoint-4"))
 
 
 def test_another_optimizer_or_other_parts(out: Path, tiny_nf4: Path, pairs_file: Path) -> None:
@@ -300,7 +331,7 @@ def test_another_optimizer_or_other_parts(out: Path, tiny_nf4: Path, pairs_file:
     with pytest.raises(ConfigError, match=r"holds the state of --optim \w+, which is of no use to adafactor; keep"):
         quick(tiny_nf4, pairs_file, out, **last, optim="adafactor")
     with pytest.raises(
-        ConfigError, match=r"trained otherwise: .* groups of \[28, 14\] parameters, and there are \[28\]; keep"
+        ConfigError, match=r"trained otherwise, .* groups of \[28, 14\] parameters, and there are \[28\]; keep"
     ):
         quick(tiny_nf4, pairs_file, out, **last, freeze="magnitude")
 

@@ -9,7 +9,7 @@ import pytest
 
 from qdora.data import encode, marked
 from qdora.errors import DataError
-from qdora.toolcalls import calls_that_fit, check_places
+from qdora.toolcalls import calls_that_fit, check_calls, leaves_tools_out
 from tests.conftest import make_tokenizer
 from tests.test_data import marked_parts, speaking
 
@@ -59,20 +59,31 @@ def test_calls_in_any_form_of_the_list() -> None:
 
 
 def test_a_template_without_a_place_for_them_is_refused() -> None:
-    for row, what in (
-        (chat(ARGUMENTS), "tool calls"),
-        ({"messages": [USER, {"role": "assistant", "content": "42"}], "tools": [TOOL]}, "tools"),
-    ):
-        for tokenizer in (make_tokenizer(), speaking("gemma")):
-            with pytest.raises(DataError, match=f"row 1: the model's chat template has no place for {what}, "):
-                encode([row], tokenizer, None)
+    for tokenizer in (make_tokenizer(), speaking("gemma")):
+        with pytest.raises(DataError, match="row 1: the model's chat template has no place for tool calls, "):
+            encode([chat(ARGUMENTS)], tokenizer, None)
+
+
+@pytest.mark.parametrize("loss_on_all", [True, False])
+def test_tools_without_a_place_are_told_of(loss_on_all: bool) -> None:
+    answer = {"role": "assistant", "content": "42"}
+    row = {"messages": [USER, answer], "tools": [TOOL]}
+    described = {"messages": [{"role": "user", "content": "You may count."}, answer], "tools": [TOOL["function"]]}
+    for tokenizer in (make_tokenizer(), speaking("gemma")):
+        data = encode([row, described, {"messages": [USER, answer]}], tokenizer, None, loss_on_all=loss_on_all)
+        assert "; the tools of 1 rows left out, for the chat template has no place for them" in str(data)
+        assert data.input_ids[0] == data.input_ids[2]
+        assert encode([{**row, "tools": [{"type": "search"}]}], tokenizer, None).without_tools == 1
+    kept = encode([row], speaking("qwen2_5"), None, loss_on_all=loss_on_all)
+    assert (kept.without_tools, "left out" in str(kept)) == (0, False)
 
 
 def test_a_chat_without_any_is_rendered_no_more_often() -> None:
     def render(*_: Any) -> str:
         raise AssertionError
 
-    check_places([USER], None, render, "row 1")
+    check_calls([USER], None, render, "row 1")
+    assert not leaves_tools_out([USER], None, render)
     assert calls_that_fit([USER], None, render) == [USER]
 
 

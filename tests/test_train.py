@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import qdora
 from qdora import CheckpointError, ConfigError, DataError, NumericsError, arithmetic
 from qdora.inject import adapted_linears
 from qdora.verbs.train import train_from_arguments
-from tests.conftest import make_model
+from tests.conftest import make_model, make_tokenizer
 from tests.mutate import Payload
 
 QUICK: dict[str, Any] = {
@@ -256,6 +257,18 @@ def test_nothing_is_written_when_the_input_is_wrong(tiny_nf4: Path, pairs_file: 
         quick(tiny_nf4, pairs_file, out, resume_from_checkpoint="last")
     with pytest.raises(ConfigError, match="nothing to resume"):
         quick(tiny_nf4, pairs_file, out, resume_from_checkpoint=str(tmp_path / "absent"))
+    model = shutil.copytree(tiny_nf4, tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(model)
+    assert quick(model, pairs_file, tmp_path / "fine", max_steps=1).steps == 1
+    bad.write_text("\n".join(rows[:8]).replace("y", "<extra>"))
+    with pytest.raises(CheckpointError, match=r"gives token \d+ \('<extra>'\), and the model has"):
+        quick(model, bad, out)
+    tokenizer.pad_token = "<extra>"
+    tokenizer.save_pretrained(model)
+    with pytest.raises(CheckpointError, match="and the model has"):
+        quick(model, pairs_file, out)
     assert not out.exists()
 
 

@@ -34,7 +34,7 @@ from qdora.generation import place_of
 from qdora.model import load_model
 from qdora.rows import holds_half_a_pair
 from qdora.sources import local_model
-from qdora.tokenizer import check_vocabulary, tokenizer_of
+from qdora.tokenizer import tokenizer_of
 
 __all__ = ["Terminal", "chat", "converse"]
 
@@ -140,7 +140,6 @@ def chat(
         allow_other_base=allow_other_base,
     )
     loaded.eval()
-    check_vocabulary(loaded, tokenizer, whose)
     named = str(model) if adapter is None else f"{model} with {adapter}"
     weights = "NF4 weights" if packed else "rounded to NF4 as it was loaded" if in_4bit else "16-bit weights"
     terminal.note(f"{named}: {weights}, {_arithmetic(loaded)}, {_template(tokenizer, whose)}")

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from qdora.rows import Row, read_rows
 from qdora.scoring import ScoredModel
 from qdora.sources import local_model
 from qdora.tables import aligned
-from qdora.tokenizer import check_vocabulary, tokenizer_of
+from qdora.tokenizer import check_ids, tokenizer_of
 
 __all__ = ["EvaluateReport", "Measured", "evaluate"]
 
@@ -108,6 +109,13 @@ class _Exam:
     choice_data: list[EncodedData]
     batch_size: int
 
+    def ids(self, pad: int | None) -> Iterator[Sequence[int]]:
+        """All tokens that a model will see."""
+        yield from chain(self.data.input_ids, *(data.input_ids for data in self.choice_data))
+        yield from (question.prompt for question in self.asked)
+        if self.asked and pad is not None:
+            yield [pad]
+
 
 def evaluate(
     model: str | Path,
@@ -172,7 +180,6 @@ def evaluate(
         load_in_4bit=loads_in_4bit(load_in_4bit, packed, file, model),
         allow_other_base=allow_other_base,
     )
-    check_vocabulary(loaded, tokenizer, whose)
     limit = context_of(loaded.config)
     length = min(filter(None, (max_length, limit)), default=None)
     exam = _Exam(
@@ -182,6 +189,7 @@ def evaluate(
         choice_data=_choice_data(chosen, tokenizer, length, dataset),
         batch_size=batch_size,
     )
+    check_ids(loaded, tokenizer, exam.ids(tokenizer.pad_token_id), whose)
     results = {}
     with adapters_disabled(loaded):
         results["base"] = _examine(loaded, tokenizer, exam, "base")
@@ -190,7 +198,7 @@ def evaluate(
     del loaded  # there may be no room for two
     if merged is not None:
         plain = load(merged, dtype=dtype or usual_dtype(local_model(merged), False, place), load_in_4bit=False)
-        check_vocabulary(plain, tokenizer, whose)
+        check_ids(plain, tokenizer, exam.ids(tokenizer.pad_token_id), whose)
         results["merged"] = _examine(plain, tokenizer, exam, "merged")
     models = {name: measured for name, (measured, _) in results.items()}
     answers = {name: given for name, (_, given) in results.items()}

@@ -47,7 +47,7 @@ from qdora.residual import begin_with_residual
 from qdora.resume import RecordKeeper, Start, begin_record, finish_record, start
 from qdora.sharding import Sharding, take_sharding
 from qdora.signals import Stopped, StopRequest
-from qdora.tokenizer import load_tokenizer
+from qdora.tokenizer import check_ids, load_tokenizer
 
 __all__ = ["TrainReport", "train"]
 
@@ -136,6 +136,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     _make_repeatable(training)
     with memory_explained("while the model was loaded", headroom):
         model = _load(run, training, adapter, sharding)
+    check_ids(model, tokenizer, [*corpus.ids(), [tokenizer.pad_token_id]])
     freeze_part(model, run.freeze)
     if run.hold_outputs:
         names = linears_to_hold(hollow_of(run, training)) if holding is None else holding
