@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qdora.arithmetic import compute_dtype
+from qdora.bypassed import bypassed_paths
 from qdora.config import AdapterConfig
 from qdora.dora import FrozenLinear
 from qdora.errors import CheckpointError, ConfigError, reason, shown
@@ -111,7 +112,7 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
     linears = {path: model.get_submodule(path) for path in linear_paths(model)}
     transposed = {path: isinstance(linear, Conv1D) for path, linear in linears.items()}
     shapes = {path: linear_shape(linear) for path, linear in linears.items()}
-    stays = (*heads, *router_paths(model), *skip_modules)
+    stays = (*heads, *router_paths(model), *bypassed_paths(model), *skip_modules)
     embeddings = [path for path, module in model.named_modules() if module is model.get_input_embeddings()]
     ends = (f"{embeddings[0]}.weight", f"{heads[0]}.weight") if embeddings and heads else None
     return Linears(transposed, stays, shapes, key_names(model), tuple(stacks_left(model)), ends)

@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from qdora.base import BaseWeight
+from qdora.bypassed import bypassed_paths
 from qdora.config import AdapterConfig, is_named
 from qdora.dense import DenseWeight
 from qdora.dora import DoRALinear, FrozenLinear
@@ -43,13 +44,14 @@ _LINEAR_TOO = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of the linears that may carry an adapter: every one but the output head and what chooses among experts."""
-    head, routers = _head_of(model), set(router_paths(model))
+    """Paths of the linears that may carry an adapter: every one but the output head, what chooses among experts, and
+    those whose weight the model reads itself."""
+    head, others = _head_of(model), {*router_paths(model), *bypassed_paths(model)}
     whole = tuple(f"{path}." for path in trained_whole(model))
     return [
         path
         for path, module in model.named_modules()
-        if _is_linear(module) and module is not head and path not in routers and not path.startswith(whole)
+        if _is_linear(module) and module is not head and path not in others and not path.startswith(whole)
     ]
 
 

@@ -30,6 +30,20 @@ DENSE: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": 4},  # linears of a class of its own; adds the residual in place
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},  # Conv1D: (in, out)
 }
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+HYBRIDS: dict[str, dict[str, Any]] = {  # whose mixers read a linear's weight themselves
+    "granitemoehybrid": {
+        **_MAMBA,
+        "layer_types": ["mamba", "attention"],
+        "shared_intermediate_size": 128,
+        "num_local_experts": 0,
+        "position_embedding_type": "rope",
+    },
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
+    "mamba": {"state_size": 8},
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 16},
+}
 _ROUTED: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},  # w1, w3 and w2 under block_sparse_moe
@@ -51,7 +65,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "v_head_dim": 32,
     },
 }
-FAMILIES = DENSE | MIXTURES
+FAMILIES = DENSE | HYBRIDS | MIXTURES
 
 
 def make_family(name: str, directory: Path, **changes: Any) -> Path:

@@ -244,15 +244,17 @@ def test_decoder_layers_are_the_longest_list_of_what_can_be_checkpointed() -> No
 
 
 # Of two layers: a norm before attention and one before the MLP each, and the last; and those on q and k, or on what
-# DeepSeek compresses. The others' are LayerNorms, or multiply in fp32.
+# DeepSeek compresses; a Mamba's layer has one. The others' are LayerNorms, or multiply in fp32.
 NORMS = {
+    **dict.fromkeys(("mamba", "mamba2"), 3),
+    **dict.fromkeys(("granitemoehybrid", "bamba", "falcon_h1"), 5),
     **dict.fromkeys(("mistral", "qwen2", "phi3", "mixtral", "qwen2_moe"), 5),
     **dict.fromkeys(("qwen3", "qwen3_moe", "olmoe", "deepseek_v3"), 9),
 }
 # Of mixtures, the shared experts, and DeepSeek's dense layer.
 MLPS = {
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), 2),
-    **dict.fromkeys(("qwen2_moe", "deepseek_v3"), 2),
+    **dict.fromkeys(("bamba", "falcon_h1", "qwen2_moe", "deepseek_v3"), 2),
 }
 
 

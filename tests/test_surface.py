@@ -47,7 +47,7 @@ LAYERS = [
         "templates",
     },
     {"base", "flags", "groups", "nearest", "nf4format", "origin", "signals", "trial", "workspace"},
-    {"arithmetic", "config", "distributed", "lock"},
+    {"arithmetic", "bypassed", "config", "distributed", "lock"},
     {"patterns"},
     {"errors"},
 ]

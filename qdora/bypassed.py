@@ -1,0 +1,48 @@
+"""Linears that a model does not only call: it takes their weight and computes with that itself.
+
+Mamba's mixers hand `out_proj.weight` to a fused kernel and multiply with `dt_proj.weight`; the indexers of sparse
+attention look at their gate's dtype; Gemma 3n clamps two of its weights. An adapter on such a linear would be passed by
+without a word, and a packed weight be read as what it is not. So they stay as they are: in 16 bits, without adapters.
+
+Which they are is read in the source of the model's own classes: what a forward does on a GPU, with kernels that are not
+here, cannot be found by running it. One reading does not count: slices of a weight to compute as tensor parallelism did
+in pretraining (`pretraining_tp`), which only a setting that nobody fine-tunes with turns on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cache
+
+from torch import nn
+
+__all__ = ["bypassed_paths"]
+
+
+def bypassed_paths(model: nn.Module) -> list[str]:
+    """Paths of linears, of whatever class, whose weight is read by the module that they are in."""
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name, child in module.named_children()
+        if hasattr(child, "in_features") and name in _read_by(type(module))
+    ]
+
+
+@cache
+def _read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """Names of the children whose weight the code of this class reads; its parents' code too."""
+    if kind.__module__.startswith("torch."):
+        return frozenset()
+    found: set[str] = set()
+    for part in kind.__mro__:
+        if part.__module__.startswith("torch.") or part is object:
+            break
+        try:
+            source = inspect.getsource(part)
+        except (OSError, TypeError):
+            continue  # made while the program runs
+        if "pretraining_tp" not in source:
+            found.update(re.findall(r"\bself\.(\w+)\.weight\b", source))
+    return frozenset(found)

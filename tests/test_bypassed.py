@@ -1,0 +1,67 @@
+"""Linears whose weight the model takes for itself get no adapter and stay in 16 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qdora.bypassed import bypassed_paths
+from qdora.inject import linear_paths
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) @ self.outer.weight + self.norm.weight
+
+
+class Heir(Mixer):
+    """Inherits what reads it."""
+
+
+class Sliced(Mixer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pretraining_tp = 1
+        return self.inner(x) if pretraining_tp == 1 else x @ self.inner.weight[:2].t()
+
+
+def test_what_the_code_of_a_module_reads() -> None:
+    model = nn.ModuleDict({"a": Mixer(), "b": nn.Sequential(Heir()), "c": nn.Linear(4, 4)})
+    assert bypassed_paths(model) == ["a.outer", "b.0.outer"]
+    assert linear_paths(model) == ["a.inner", "b.0.inner", "c"]
+    assert bypassed_paths(Mixer()) == ["outer"]
+    # Its parent reads another one; how pretraining sliced weights does not count.
+    assert bypassed_paths(Sliced()) == ["outer"]
+
+
+def test_a_class_without_a_source() -> None:
+    made: Any = type("Made", (nn.Module,), {"__module__": "nowhere"})()
+    made.inner = nn.Linear(4, 4)
+    assert bypassed_paths(made) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("llama", set()),
+        ("bloom", set()),
+        ("qwen3_next", set()),
+        ("mamba", {"dt_proj", "out_proj", "x_proj"}),
+        ("nemotron_h", {"out_proj"}),
+        ("deepseek_v32", {"weights_proj"}),
+    ],
+)
+def test_in_real_families(kind: str, expected: set[str]) -> None:
+    config = AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    inner = [path for path in bypassed_paths(model) if not path.endswith("lm_head")]
+    assert {path.rpartition(".")[2] for path in inner} == expected
+    assert not {*linear_paths(model)} & {*inner}
