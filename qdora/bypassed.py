@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import re
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -22,12 +23,12 @@ __all__ = ["bypassed_paths"]
 
 def bypassed_paths(model: nn.Module) -> list[str]:
     """Paths of linears, of whatever class, whose weight is read by the module that they are in."""
-    return [
-        f"{path}.{name}".lstrip(".")
-        for path, module in model.named_modules()
-        for name, child in module.named_children()
-        if hasattr(child, "in_features") and name in _read_by(type(module))
-    ]
+    found = []
+    for path, module in model.named_modules():
+        kind: Any = type(module)
+        linears = [name for name, child in module.named_children() if hasattr(child, "in_features")]
+        found += [f"{path}.{name}".lstrip(".") for name in linears if name in _read_by(kind)]
+    return found
 
 
 @cache

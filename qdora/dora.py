@@ -49,12 +49,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.base import BaseWeight, KeepsDtype
-from qdora.origin import origin_of
+from qdora.origin import origin_of, version_of
 from qdora.product import Operands, RowScale, adapted_product, frozen_product
 
 __all__ = ["DoRALinear", "FrozenLinear", "RowScale", "count_step", "merge_rows"]
 
 _SMALLEST_SCALE = 2.0**-60
+# An output times that is no longer a number of fp16's; this still is, with some bits left.
+_SMALLEST_SCALE_IN_FP16 = 2.0**-12
 
 _optimizer_steps = 0
 
@@ -140,7 +142,7 @@ class DoRALinear(nn.Module):
         if use_dora:
             self.magnitude_offset = nn.Parameter(torch.zeros(base.out_features, dtype=dtype, device=base.device))
             self._base_norm = _Constant(base.row_norms_squared().sqrt())
-        self._row_scale: tuple[Any, RowScale] | None = None
+        self._row_scale: tuple[Any, RowScale, Any] | None = None
         self._watched: tuple[Tensor, ...] = ()
 
     def extra_repr(self) -> str:
@@ -169,9 +171,15 @@ class DoRALinear(nn.Module):
         if self.magnitude_offset is None:
             return None
         looked_at = (self.lora_A, self.lora_B, self.magnitude_offset, *self._watched)
-        state = (dtype, _optimizer_steps, *((p.untyped_storage()._cdata, p._version) for p in looked_at))
+        versions = [version_of(p) for p in looked_at]
+        if None in versions:
+            return self._compute_row_scale(dtype)  # of inference tensors nothing tells whether they were edited
+        storages = [p.untyped_storage() for p in looked_at]
+        places = [(storage._cdata, p.storage_offset()) for storage, p in zip(storages, looked_at, strict=True)]
+        state = (dtype, _optimizer_steps, places, versions)
         if self._row_scale is None or self._row_scale[0] != state:
-            self._row_scale = state, self._compute_row_scale(dtype)
+            # The storages are kept, lest others come to lie in their places: parameters may be swapped for a call.
+            self._row_scale = state, self._compute_row_scale(dtype), storages
         return self._row_scale[1]
 
     def watch(self, shards: Sequence[Tensor]) -> None:
@@ -187,7 +195,8 @@ class DoRALinear(nn.Module):
         norm_O = self.weight_norm(dtype)
         is_zero_O = norm_O == 0
         scale_O = (self.magnitude() / norm_O).masked_fill_(is_zero_O, 1)
-        scale_O.masked_fill_(scale_O.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE)
+        smallest = _SMALLEST_SCALE_IN_FP16 if dtype == torch.float16 else _SMALLEST_SCALE
+        scale_O.masked_fill_(scale_O.abs() < smallest, smallest)
         return RowScale(
             scale_O, (scale_O * self.scaling)[:, None], (scale_O * norm_O).reciprocal_().masked_fill_(is_zero_O, 0)
         )

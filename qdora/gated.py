@@ -74,8 +74,9 @@ class GatedMLP(nn.Module):
 
 
 def makes_a_gradient_of_its_own(linear: nn.Module) -> bool:
-    """Whether the gradient of what it is called with is nobody else's."""
-    return isinstance(linear, DoRALinear | FrozenLinear) and not linear._forward_pre_hooks
+    """Whether the gradient of what it is called with is nobody else's. Hooks may see and keep that, or its input."""
+    hooks = (linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks)
+    return isinstance(linear, DoRALinear | FrozenLinear) and not any(hooks)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, consumes_gradient: bool) -> Tensor:

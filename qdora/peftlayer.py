@@ -69,7 +69,7 @@ class EngineLinear4bit(Linear4bit):
             layer: Any = FrozenLinear(self.packed_weight(), linear.bias)
         else:
             layer = self._engine(active[0])
-            layer.training = layer.dropout.training = self.training
+            layer.follow(self, active[0])
         dtype = linear.compute_dtype
         return layer(x if dtype is None else x.to(dtype)).to(x.dtype)
 
@@ -114,7 +114,6 @@ class _Engine(DoRALinear):
                 layer.r[name],
                 layer.scaling[name],
                 use_dora=name in layer.lora_magnitude_vector,
-                dropout=getattr(layer.lora_dropout[name], "p", 0.0),
             )
         self.lora_A, self.lora_B = layer.lora_A[name].weight, layer.lora_B[name].weight
         if self.use_dora:
@@ -131,6 +130,12 @@ class _Engine(DoRALinear):
             and self.bias is layer.get_base_layer().bias
             and self.scaling == layer.scaling[name]
         )
+
+    def follow(self, layer: EngineLinear4bit, name: str) -> None:
+        """Be in the layer's mode, with the dropout that it has now: libraries turn it off in the modules themselves."""
+        dropout: Any = layer.lora_dropout[name]
+        self.training, self.dropout.training = layer.training, dropout.training
+        self.dropout.p = getattr(dropout, "p", 0.0)
 
     @torch.no_grad()
     def magnitude(self) -> Tensor:

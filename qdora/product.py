@@ -29,7 +29,8 @@ Shape suffixes: T tokens, I in_features, O out_features, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from torch.autograd.function import once_differentiable
 
 from qdora.base import BaseWeight
 from qdora.errors import ConfigError
-from qdora.origin import Origin, check_unchanged
+from qdora.origin import Origin, check_unchanged, version_of
 
 __all__ = ["RowScale", "adapted_product", "column_dots", "frozen_product"]
 
@@ -100,6 +101,21 @@ def frozen_product(x_TI: Tensor, base: BaseWeight) -> Tensor:
     return _FrozenProduct.apply(x_TI, base)
 
 
+def _in_own_dtypes(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that runs once, in the dtypes of its forward: it may be called within an autocast that began since."""
+
+    @once_differentiable
+    @wraps(backward)
+    def apart(ctx: Any, *gradients: Tensor) -> Any:
+        kind = gradients[-1].device.type
+        if not torch.is_autocast_enabled(kind):
+            return backward(ctx, *gradients)
+        with torch.autocast(kind, enabled=False):
+            return backward(ctx, *gradients)
+
+    return apart
+
+
 class _Inputs(torch.autograd.Function):
     """h = z·Aᵀ, and the carrier of y's gradient; with gradients for x (all of it), z, A and B."""
 
@@ -122,14 +138,14 @@ class _Inputs(torch.autograd.Function):
         h_TR = z_TI @ A_RI.t().to(z_TI.dtype)
         _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(h_TR if needs_B else None, *(kept if needs_A else ()))
-        ctx.operands, ctx.versions = operands, (A_RI._version, B_OR._version)
+        ctx.operands, ctx.versions = operands, (version_of(A_RI), version_of(B_OR))
         return h_TR, h_TR.new_empty(()).expand(h_TR.shape[0], B_OR.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @_in_own_dtypes
     def backward(ctx: Any, dh_TR: Tensor, g_TO: Tensor) -> tuple[Tensor | None, ...]:
         operands: Operands = ctx.operands
-        if ctx.versions != (operands.A_RI._version, operands.B_OR._version):
+        if ctx.versions != (version_of(operands.A_RI), version_of(operands.B_OR)):
             raise RuntimeError(
                 "an adapter was changed in place between a forward and its backward; step after the backward"
             )
@@ -186,7 +202,7 @@ class _Product(torch.autograd.Function):
         return y_TO
 
     @staticmethod
-    @once_differentiable
+    @_in_own_dtypes
     def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
         operands: Operands = ctx.operands
         doffset_O = _magnitude_gradient(ctx, g_TO) if ctx.needs_input_grad[3] else None
@@ -225,7 +241,7 @@ class _FrozenProduct(torch.autograd.Function):
         return base.linear(x_TI)
 
     @staticmethod
-    @once_differentiable
+    @_in_own_dtypes
     def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor, None]:
         return ctx.base.linear_transposed(g_TO), None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from qdora.base import BaseWeight
@@ -163,10 +164,12 @@ def test_a_zero_magnitude_keeps_exact_gradients() -> None:
     assert relative_error(ours["magnitude"][:10], truth["magnitude"][:10]) < 2e-5
 
 
-def test_a_zero_row_can_learn() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_zero_row_can_learn(dtype: torch.dtype) -> None:
     layer = make_layer("nf4", zero_rows=True, trained=False)
     target = torch.randn(64, 96)
-    x = torch.randn(64, 128)
+    x = torch.randn(64, 128).to(dtype)
+    start = (layer(x) - target)[:, ::7].square().mean()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
     for _ in range(50):
         optimizer.zero_grad()
@@ -175,6 +178,7 @@ def test_a_zero_row_can_learn() -> None:
         assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
         optimizer.step()
     assert (layer.merged_weight()[::7].norm(dim=1) > 0).all()
+    assert (layer(x) - target)[:, ::7].square().mean() < 0.8 * start
 
 
 def true_norm(layer: DoRALinear) -> Tensor:
@@ -251,6 +255,51 @@ def test_the_norm_follows_edits_and_loading() -> None:
     with torch.no_grad():
         other.lora_B.mul_(2)
     assert torch.equal(layer(x), other(x))
+
+
+def trained_of(layer: DoRALinear) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in layer.named_parameters() if p.requires_grad]
+
+
+def test_the_norm_is_that_of_what_a_functional_call_swaps_in() -> None:
+    layer, x = make_layer("nf4"), torch.randn(3, 128)
+    stacked = {name: torch.stack([p.detach() * s for s in (1, 20, 0.1)]) for name, p in trained_of(layer)}
+
+    def swapped(i: int, fresh: float) -> Tensor:
+        return functional_call(layer, {name: stack[i] * fresh for name, stack in stacked.items()}, (x,))
+
+    for i in range(3):  # slices of one tensor lie in one storage
+        other = make_layer("nf4")
+        other.load_state_dict({name: stack[i] for name, stack in stacked.items()}, strict=False)
+        given = {name: stack[i] for name, stack in stacked.items()}
+        assert relative_error(functional_call(layer, given, (x,)), x @ other.merged_weight().t()) < 1e-5
+    found = [swapped(0, t).detach() for t in (1.0, 8.0, 0.5, 5.0, 2.0, 3.0)]  # each lies where the last one lay
+    for t, y in zip((1.0, 8.0, 0.5, 5.0, 2.0, 3.0), found, strict=True):
+        other.load_state_dict({name: stack[0] * t for name, stack in stacked.items()}, strict=False)
+        assert relative_error(y, other(x).detach()) < 1e-6
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_a_layer_made_of_inference_tensors_computes(use_dora: bool) -> None:
+    x = torch.randn(3, 128)
+    expected = make_layer("nf4", use_dora=use_dora)(x).detach()
+    with torch.inference_mode():
+        layer = make_layer("nf4", use_dora=use_dora)
+        assert torch.equal(layer(x), expected)
+        layer.lora_B.mul_(0)  # nothing counts such an edit
+        assert relative_error(layer(x), x @ layer.merged_weight().t()) < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "use_dora"), [("nf4", True), ("dense", False)])
+def test_a_backward_within_an_autocast_that_its_forward_did_not_see(kind: str, use_dora: bool) -> None:
+    layer, x = make_layer(kind, use_dora=use_dora), torch.randn(9, 128, requires_grad=True)
+    frozen = FrozenLinear(layer.base)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad((layer(x) + frozen(x)).square().sum(), wanted)
+    loss = (layer(x) + frozen(x)).square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(loss, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_norm_is_computed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

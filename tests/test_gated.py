@@ -144,6 +144,31 @@ def test_a_gradient_that_a_hook_shares_is_left_alone() -> None:
     assert torch.equal(start.grad, *expected)
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda linear, seen: linear.register_forward_hook(lambda _, inputs, y: seen.append(inputs[0])),
+        lambda linear, seen: linear.register_full_backward_hook(lambda _, gs, __: seen.append(gs[0])),
+    ],
+)
+def test_what_a_hook_has_seen_stays_as_it_was(register: Any) -> None:
+    """The input of the projection down, of which there may be a loss; or the gradient of that."""
+    mlp, x, seen = replaced(adapted()), some(torch.float32, 5, 64), []
+    register(mlp.down_proj, seen)
+    y = mlp(x)
+    if seen:
+        (gradient,) = torch.autograd.grad(y.square().sum(), seen)
+    else:
+        y.square().sum().backward()
+        (gradient,) = seen
+    leaf = (mlp.act_fn if hasattr(mlp, "act_fn") else functional.silu)(mlp.gate_proj(x)) * mlp.up_proj(x)
+    leaf = leaf.detach().requires_grad_()
+    mlp.down_proj._forward_hooks.clear()
+    mlp.down_proj._backward_hooks.clear()
+    (expected,) = torch.autograd.grad(mlp.down_proj(leaf).square().sum(), leaf)
+    assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_two_backwards_through_one_graph() -> None:
     leaves = [some(torch.float32, 5, 40, seed=seed).requires_grad_() for seed in (1, 2)]
     down = make_layer("nf4", 40, 40)

@@ -94,6 +94,23 @@ def test_gradients_are_peft_s(tiny_nf4: Path) -> None:
             assert distance(a.grad, b.grad) < 2e-3, name
 
 
+@pytest.mark.parametrize("how", ["p", "eval"])
+def test_dropout_that_is_turned_off_later_is_off(how: str, tiny_nf4: Path) -> None:
+    ours, theirs = (peft_model(tiny_nf4, engine, lora_dropout=0.5) for engine in (True, False))
+    trained(theirs)
+    take_over(ours, theirs)
+    logits(ours)
+    for model in (ours, theirs):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                if how == "p":
+                    module.p = 0.0
+                else:
+                    module.eval()
+    assert distance(logits(ours), logits(theirs)) < 1e-4
+    assert torch.equal(logits(ours), logits(ours))
+
+
 def test_in_bf16_it_is_as_near_to_the_truth_as_peft(tiny_nf4: Path, tmp_path: Path) -> None:
     truth = peft_model(tiny_nf4, False)
     trained(truth)
