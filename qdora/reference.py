@@ -17,6 +17,7 @@ from torch import nn
 
 from qdora.errors import ConfigError
 from qdora.inject import adapted_linears, adapters_disabled
+from qdora.whole import TrainedWhole
 
 __all__ = ["ReferenceModel", "reference_model"]
 
@@ -64,8 +65,9 @@ class ReferenceModel(nn.Module):
         return self.policy.config
 
     def get_output_embeddings(self) -> Any:
-        """The model's head, which no adapter touches."""
-        return self.policy.get_output_embeddings()
+        """The model's head as the base has it, also where a copy of it is trained whole."""
+        head = self.policy.get_output_embeddings()
+        return head.original if isinstance(head, TrainedWhole) else head
 
 
 class _Backbone(nn.Module):
