@@ -31,10 +31,12 @@ class Corpus:
     asked: list[Question]
     """To be answered at each evaluation."""
 
-    def ids(self) -> Iterator[list[int]]:
-        """All rows' tokens."""
-        yield from self.data.input_ids
-        yield from () if self.evaluation is None else self.evaluation.input_ids
+    def ids(self, pad: int | None) -> Iterator[list[int]]:
+        """All tokens that the model will see."""
+        for data in filter(None, (self.data, self.evaluation)):
+            yield from data.input_ids
+        if pad is not None:
+            yield [pad]
 
 
 def load_corpus(run: RunArguments, training: Any, tokenizer: Any) -> Corpus:

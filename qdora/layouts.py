@@ -123,7 +123,7 @@ def render(
         rendered = Rendered(text, ((0, len(text)),), whole=True, ends_in_answer=messages[-1]["role"] == "assistant")
     else:
         rendered = _mark_answers(messages, first_answer, template, where)
-    return replace(rendered, without_tools=leaves_tools_out(messages, template.tools, template.render))
+    return replace(rendered, without_tools=leaves_tools_out(rendered.text, messages, template.tools, template.render))
 
 
 def last_answer(row: Row, layout: str, where: str) -> str:

@@ -54,11 +54,10 @@ def check_calls(messages: list[Row], tools: list[Any] | None, render: Render, wh
         )
 
 
-def leaves_tools_out(messages: list[Row], tools: list[Any] | None, render: Render) -> bool:
-    """Whether the template has no place for tools, and the text names not all of them either."""
+def leaves_tools_out(text: str, messages: list[Row], tools: list[Any] | None, render: Render) -> bool:
+    """Whether the template has no place for tools, and the text that it made with them names not all of them either."""
     if not tools:
         return False
-    text = render(messages, tools)
     return _renders(render, messages, None) == text and not all(name and name in text for name in _names(tools))
 
 

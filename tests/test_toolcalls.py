@@ -83,7 +83,7 @@ def test_a_chat_without_any_is_rendered_no_more_often() -> None:
         raise AssertionError
 
     check_calls([USER], None, render, "row 1")
-    assert not leaves_tools_out([USER], None, render)
+    assert not leaves_tools_out("", [USER], None, render)
     assert calls_that_fit([USER], None, render) == [USER]
 
 

@@ -136,7 +136,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     _make_repeatable(training)
     with memory_explained("while the model was loaded", headroom):
         model = _load(run, training, adapter, sharding)
-    check_ids(model, tokenizer, [*corpus.ids(), [tokenizer.pad_token_id]])
+    check_ids(model, tokenizer, corpus.ids(tokenizer.pad_token_id))
     freeze_part(model, run.freeze)
     if run.hold_outputs:
         names = linears_to_hold(hollow_of(run, training)) if holding is None else holding
