@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qdora.config import ALL_LINEAR, OTHER_FORWARDS, AdapterConfig, ends_in
 from qdora.errors import CheckpointError, ConfigError, reason, shown
-from qdora.kinship import Origin
+from qdora.kinship import Ancestry
 from qdora.shards import check_header
 
 __all__ = [
@@ -91,7 +91,7 @@ class AdapterFile:
     base_kind: str | None
     """What that base was: `dense`; `nf4`, as `quantize` makes it unless told otherwise; or `nf4-custom`. None if the
     file does not say (PEFT's do not)."""
-    origin: Origin = field(default_factory=Origin)
+    ancestry: Ancestry = field(default_factory=Ancestry)
     """Which weights the base was, as far as the file says. A 16-bit model that was quantized as it loaded has the hash
     of the 16-bit files."""
     whole: Mapping[str, Tensor] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class AdapterFile:
     @property
     def base_hash(self) -> str | None:
         """`shards.fingerprint` of the files that the base was loaded from; None if the file does not say."""
-        return self.origin.hash
+        return self.ancestry.hash
 
     def rounds(self, model: str | Path, otherwise: str) -> bool:
         """Whether a 16-bit model must be rounded to NF4 to be what the adapter was trained on.
@@ -160,8 +160,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
     }
     in_bf16 = all(linear.A.dtype == torch.bfloat16 for linear in linears.values())
     config = replace(config, dtype="bfloat16" if in_bf16 else "float32")
-    origin = Origin.from_metadata(metadata)
-    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), metadata.get("qdora_base"), origin, whole)
+    ancestry = Ancestry.from_metadata(metadata)
+    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), metadata.get("qdora_base"), ancestry, whole)
 
 
 def _check_weights_file(directory: Path) -> None:

@@ -13,7 +13,7 @@ from qdora.architecture import context_of
 from qdora.data import EncodedData, last_answer_in
 from qdora.generation import RefuseNaN, end_tokens, generating_by, place_of
 
-__all__ = ["Question", "answer", "count_matches", "questions"]
+__all__ = ["Question", "answer", "answerable", "count_matches", "questions"]
 
 # Room for an answer that begins with a space or a newline too many.
 _SPARE_TOKENS = 8
@@ -40,6 +40,15 @@ def questions(data: EncodedData, tokenizer: Any) -> list[Question]:
     return found
 
 
+def answerable(asked: Iterable[Question], limit: int | None) -> list[Question]:
+    """Those that, with their answers, fit into the `limit` tokens that a model takes."""
+    return [question for question in asked if limit is None or _tokens(question) <= limit]
+
+
+def _tokens(question: Question) -> int:
+    return len(question.prompt) + question.tokens + _SPARE_TOKENS
+
+
 @torch.no_grad()
 def answer(
     model: Any,
@@ -52,6 +61,7 @@ def answer(
 
     Args:
         model: with `generate`; it is put into eval mode and back.
+        asked: each `answerable` by the model.
         progress: wraps the list of batches, such as tqdm.
     """
     batches = _batches(asked, batch_size, context_of(model.config))

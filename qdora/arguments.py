@@ -21,7 +21,7 @@ from qdora.config import ALL_LINEAR, AdapterConfig
 from qdora.errors import ConfigError, reason
 from qdora.flags import DEFAULTS, OTHER_NAMES, RunArguments
 from qdora.groups import Rates
-from qdora.nearest import did_you_mean, nearest
+from qdora.nearest import did_you_mean, nearest, spelled
 from qdora.together import check_evaluation, check_together
 
 __all__ = ["adapter_config", "all_flags", "flag_parser", "flags_of", "parse_estimate", "parse_train", "rates"]
@@ -48,7 +48,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
         name = flag[2:].partition("=")[0].replace("-", "_")
         if flag.startswith("--") and name not in known:
             raise ConfigError(f"unknown flag --{name}{_suggestion(name, known)}")
-    flags = _with_bare_fsdp([_spelled(flag) for flag in flags])
+    flags = _with_bare_fsdp([spelled(flag) for flag in flags])
     parser.set_defaults(**_evaluation_defaults(flags))
     missing = [name for name in ("model_name_or_path", "dataset", "output_dir") if not _is_given(name, flags)]
     if missing:
@@ -130,7 +130,11 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
 
 
 def adapter_config(run: RunArguments) -> AdapterConfig:
-    """The adapter that the flags describe."""
+    """The adapter that the flags describe.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
     targets = run.lora_target_modules
     # One that is not a plain or dotted name is a regular expression, as in PEFT.
     single = len(targets) == 1 and (targets[0] == ALL_LINEAR or not re.fullmatch(r"[\w.]+", targets[0]))
@@ -147,7 +151,11 @@ def adapter_config(run: RunArguments) -> AdapterConfig:
 
 
 def rates(run: RunArguments, training: Any) -> Rates:
-    """How fast each part of the adapter learns."""
+    """How fast each part of the adapter learns.
+
+    Raises:
+        ConfigError: a rate or a decay is out of its range.
+    """
     return Rates(
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
@@ -219,13 +227,6 @@ def _is_small(settings: Mapping[Any, Any]) -> bool:
 
 def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _spelled(flag: str) -> str:
-    if not flag.startswith("--"):
-        return flag
-    name, equals, value = flag.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def _with_bare_fsdp(flags: Sequence[str]) -> list[str]:

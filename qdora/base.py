@@ -18,12 +18,23 @@ class BaseWeight(Protocol):
     in_features: int
 
     @property
-    def device(self) -> torch.device: ...
-    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]: ...
-    def linear(self, x_TI: Tensor, row_scale_O: Tensor | None = None) -> Tensor: ...
-    def linear_transposed(self, g_TO: Tensor, row_scale_O: Tensor | None = None) -> Tensor: ...
-    def row_norms_squared(self) -> Tensor: ...
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor: ...
+    def device(self) -> torch.device:
+        """Where it is multiplied."""
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of whole rows and their values; a tile may be overwritten when the next one is asked for."""
+
+    def linear(self, x_TI: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
+        """x·(c·W)ᵀ: (T, O), in x's dtype; `row_scale_O` is c, one factor for each row, in fp32."""
+
+    def linear_transposed(self, g_TO: Tensor, row_scale_O: Tensor | None = None) -> Tensor:
+        """g·(c·W): (T, I), in g's dtype."""
+
+    def row_norms_squared(self) -> Tensor:
+        """‖W‖² of each row: (O,) fp32."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix, whole."""
 
 
 class KeepsDtype(nn.Module):

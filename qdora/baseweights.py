@@ -14,7 +14,7 @@ from qdora.adapterfile import AdapterFile
 from qdora.architecture import is_nf4_checkpoint, model_linears
 from qdora.dense import DenseWeight
 from qdora.errors import CheckpointError
-from qdora.kinship import Kinship, answers_of, kinship, origin_of
+from qdora.kinship import Kinship, ancestry_of, answers_of, kinship
 from qdora.nf4 import NF4Weight
 from qdora.nf4format import is_nf4_key, quantize_nf4, states_by_weight
 from qdora.shards import ShardReader
@@ -85,8 +85,8 @@ class StoredBase:
         """
         keys = self.adapted_keys(file)
         return kinship(
-            file.origin,
-            origin_of(self.reader.directory, self.reader),
+            file.ancestry,
+            ancestry_of(self.reader.directory, self.reader),
             lambda path: answers_of(self.weight(keys[path])) if path in keys else None,
         )
 

@@ -2,11 +2,12 @@
 
 `PeftModel.from_pretrained` reads what is written here, and what PEFT wrote is read here. The file holds the full
 magnitude m = ‖W‖ + δ in fp32, under PEFT's name for it, which has no `.weight` at its end. In the file's metadata stand
-the facts that PEFT's config has no place for: whether the base was NF4, for `qdora merge` to know, and the fingerprint
-of the files it was loaded from, for `qdora inspect` to compare.
+the facts that PEFT's config has no place for: whether the base was NF4, for `qdora merge` to know, and what tells the
+weights it was trained on from others, which every verb that takes base and adapter compares (see `kinship`).
 
 m in fp32 does not always give δ back to the last bit: next to a norm of 1, fp32 is spaced 6e-8. A trainer that goes on
-from a checkpoint must not notice, so checkpoints (not final adapters) carry δ itself as well, in `OFFSETS_FILE`.
+from a checkpoint must not notice, so checkpoints carry δ itself as well, in `OFFSETS_FILE`, as does what a model's own
+`save_pretrained` writes, which a trainer of somebody else's may call for one; the adapter of a finished run does not.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from qdora.distributed import local, spread_like, whole
 from qdora.dora import DoRALinear
 from qdora.errors import CheckpointError, ConfigError, shown
 from qdora.inject import adapted_linears, attach, linear_paths, linear_shape
-from qdora.kinship import Origin, answers_of, kinship, probed_paths
+from qdora.kinship import Ancestry, answers_of, kinship, probed_paths
 from qdora.nf4 import NF4Weight
 from qdora.nf4format import BLOCKSIZE
 from qdora.output import save_tensors, whole_files, write_json
@@ -77,7 +78,7 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False,
         return
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "qdora_base": _kind_of_base(model), **_origin_of_base(model, layers)}
+    metadata = {"format": "pt", "qdora_base": _kind_of_base(model), **_ancestry_of_base(model, layers)}
     linears = linear_paths(model)
     targets = _target_names(config, list(layers), linears, others=_others(model, linears))
     with whole_files(directory, last=CONFIG_FILE) as scratch:
@@ -131,7 +132,7 @@ def load_adapter(model: nn.Module, path: str | Path, allow_other_base: bool = Fa
         odd = sorted(layers.keys() ^ adapter.linears.keys())
         raise CheckpointError(f"{path} adapts other linears than the model does, first {odd[0]!r}; load a fresh model")
     found = kinship(
-        adapter.origin, _known_origin(model), lambda name: _answers(layers[name]) if name in layers else None
+        adapter.ancestry, _known_ancestry(model), lambda name: _answers(layers[name]) if name in layers else None
     )
     found.settle(path, getattr(getattr(model, "config", None), "_name_or_path", None), allow_other_base)
     _copy_whole(_whole_weights(model), adapter.whole, path)
@@ -214,16 +215,16 @@ def _is_usual(weight: NF4Weight) -> bool:
     )
 
 
-def _origin_of_base(model: nn.Module, layers: Mapping[str, DoRALinear]) -> dict[str, str]:
+def _ancestry_of_base(model: nn.Module, layers: Mapping[str, DoRALinear]) -> dict[str, str]:
     """What `load_model` left on the model (nothing if it was made in another way), and answers to the probe."""
     probe = {path: _answers(layers[path]) for path in probed_paths(layers)}
     asked = {path: answers for path, answers in probe.items() if answers is not None}
-    return replace(_known_origin(model), probe=asked).metadata()
+    return replace(_known_ancestry(model), probe=asked).metadata()
 
 
-def _known_origin(model: nn.Module) -> Origin:
+def _known_ancestry(model: nn.Module) -> Ancestry:
     own, source = (getattr(model, name, None) for name in ("qdora_base_hash", "qdora_base_source"))
-    return Origin(own if isinstance(own, str) else None, source if isinstance(source, str) else None)
+    return Ancestry(own if isinstance(own, str) else None, source if isinstance(source, str) else None)
 
 
 def _answers(layer: DoRALinear) -> tuple[float, ...] | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 2 after one line on standard error that says what was wrong and what to do; 130 or
-        143 if SIGINT or SIGTERM ended it.
+        143 if SIGINT or SIGTERM ended it, 141 if nobody reads the output any more.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     screen = f"qdora {__version__}" if given[:1] == ["--version"] else screens.asked_for(given)
@@ -189,7 +188,7 @@ def _chat(arguments: list[str]) -> None:
 def _inspect(arguments: list[str]) -> None:
     options = parse("inspect", arguments)
     _check_writable(options.output_file)
-    from qdora.output import replace_text
+    from qdora.output import write_json
     from qdora.verbs.inspect import inspect
 
     report = inspect(
@@ -197,7 +196,7 @@ def _inspect(arguments: list[str]) -> None:
     )
     print(report)
     if options.output_file:
-        replace_text(Path(options.output_file), json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_json(Path(options.output_file), report.to_dict())
 
 
 def _merge(arguments: list[str]) -> None:

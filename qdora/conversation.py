@@ -83,17 +83,25 @@ class Conversation:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, sampling: Sampling, system: str | None = None, use_adapter: bool = True
+        self,
+        model: Any,
+        tokenizer: Any,
+        sampling: Sampling,
+        system: str | None = None,
+        use_adapter: bool = True,
+        whose: str = "the model",
     ) -> None:
         """
         Args:
             model: with `generate`, in eval mode.
             use_adapter: False switches the model's adapters off while this voice answers.
+            whose: the tokenizer is, in words, as `tokenizer_of` says it.
 
         Raises:
             ConfigError: the chat template takes no system message, or there is none.
         """
         self.model, self.tokenizer, self.sampling, self.use_adapter = model, tokenizer, sampling, use_adapter
+        self._whose = whose
         self.system: str | None = None
         self.turns: list[tuple[str, str]] = []
         """Questions and answers, the oldest first."""
@@ -132,7 +140,7 @@ class Conversation:
             NumericsError: the model's logits are not finite.
         """
         turns, ids, room = self._fit(question)
-        check_ids(self.model, self.tokenizer, [ids])
+        check_ids(self.model, self.tokenizer, [ids], self._whose)
         stream = _Stream(self.tokenizer, self._ends, write or (lambda piece: None), stopped)
         torch.manual_seed(self.sampling.seed + self._asked)
         self._asked += 1

@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qdora.answers import Question, questions
+from qdora.answers import Question, answerable, questions
+from qdora.architecture import model_facts
 from qdora.data import EncodedData, encode
 from qdora.distributed import is_main, say
 from qdora.errors import DataError
@@ -60,16 +61,27 @@ def load_corpus(run: RunArguments, training: Any, tokenizer: Any) -> Corpus:
     if eval_rows is None or name is None:
         return Corpus(data, None, None, [])
     evaluation = _load_data(eval_rows, eval_numbers, name, tokenizer, training, evaluation=True)
-    asked = _questions(eval_rows[: run.eval_exact_match], name, tokenizer) if run.eval_exact_match else []
+    asked: list[Question] = []
+    if run.eval_exact_match:
+        limit = model_facts(run.model_name_or_path, training.trust_remote_code).context
+        asked = _questions(eval_rows[: run.eval_exact_match], name, tokenizer, limit)
     return Corpus(data, evaluation, name, asked)
 
 
-def _questions(rows: list[Row], source: str, tokenizer: Any) -> list[Question]:
-    """Whole, whatever `max_length` is: an answer that was cut can never be matched."""
+def _questions(rows: list[Row], source: str, tokenizer: Any, limit: int | None) -> list[Question]:
+    """Whole, whatever `max_length` is, for an answer that was cut can never be matched; but what the model takes."""
     found = questions(encode(rows, tokenizer, None, source), tokenizer)
     if not found:
         raise DataError(f"{source} has no questions with answers to match; leave out --eval_exact_match")
-    return found
+    fitting = answerable(found, limit)
+    if not fitting:
+        raise DataError(
+            f"{source} has no question that, with its answer, fits into the {limit:,} tokens that the model takes; "
+            "leave out --eval_exact_match"
+        )
+    if left_out := len(found) - len(fitting):
+        say(f"{left_out:,} of {len(found):,} questions are left out: they do not fit into what the model takes")
+    return fitting
 
 
 def _load_data(

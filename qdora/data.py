@@ -20,7 +20,7 @@ from qdora.rows import Row
 __all__ = ["EncodedData", "encode", "last_answer_in", "marked"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class EncodedData:
     """Token ids and labels, and what happened on the way."""
 
@@ -28,9 +28,9 @@ class EncodedData:
     labels: list[list[int]]
     """-100 where there is no loss."""
     layout: str
-    cut: int
+    cut: int = 0
     """Rows whose answer lost its end to `max_length`."""
-    dropped: int
+    dropped: int = 0
     """Rows left out, because no answer was in them or within `max_length`."""
     hidden: int = 0
     """Assistant turns without loss, see `Rendered`."""
@@ -78,13 +78,13 @@ def last_answer_in(labels: Sequence[int]) -> tuple[int, int]:
     return first, last + 1
 
 
-def marked(ids: Sequence[int], labels: Sequence[int], tokenizer: Any, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
-    """A row's tokens as text, with marks around what carries loss."""
+def marked(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> str:
+    """A row's tokens as text, with ⟦ ⟧ around what carries loss."""
     parts, start = [], 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or (labels[end] != IGNORED) != (labels[start] != IGNORED):
             text = tokenizer.decode(ids[start:end])
-            parts.append(text if labels[start] == IGNORED else marks[0] + text + marks[1])
+            parts.append(text if labels[start] == IGNORED else f"⟦{text}⟧")
             start = end
     return "".join(parts)
 
@@ -113,31 +113,30 @@ def encode(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("the tokenizer has no fast version, and answers are found by its offsets")
-    layout = recognize(rows, source)
-    all_ids, all_labels, cut, dropped, hidden, ended, without_tools = [], [], 0, 0, 0, 0, 0
+    data = EncodedData([], [], recognize(rows, source))
     for number, row in zip(numbers or range(1, len(rows) + 1), progress(rows), strict=True):
-        rendered = render(row, number, layout, tokenizer, source, loss_on_all)
+        rendered = render(row, number, data.layout, tokenizer, source, loss_on_all)
         ids, has_loss = _tokenize(rendered, tokenizer, loss_on_all)
         is_open = rendered.whole and rendered.ends_in_answer and _is_open(ids, has_loss, tokenizer)
         if is_open:
             ids, has_loss = _closed(ids, has_loss, tokenizer)
         length = len(ids) if max_length is None else min(max_length, len(ids))
         if not any(has_loss[1:length]):  # nothing comes before the first token that could predict it
-            dropped += 1
+            data.dropped += 1
             continue
-        hidden += rendered.hidden
-        ended += is_open
-        without_tools += rendered.without_tools
-        cut += any(has_loss[length:])
-        all_ids.append(ids[:length])
-        all_labels.append([i if loss else IGNORED for i, loss in zip(ids[:length], has_loss, strict=False)])
-    if not all_ids:
+        data.hidden += rendered.hidden
+        data.ended += is_open
+        data.without_tools += rendered.without_tools
+        data.cut += any(has_loss[length:])
+        data.input_ids.append(ids[:length])
+        data.labels.append([i if loss else IGNORED for i, loss in zip(ids[:length], has_loss, strict=False)])
+    if not data.input_ids:
         raise DataError(
             f"{source}: no row has an answer to learn from"
             + (f" within max_length={max_length}" if max_length is not None else "")
             + "; every label would be masked"
         )
-    return EncodedData(all_ids, all_labels, layout, cut, dropped, hidden, ended, without_tools)
+    return data
 
 
 def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool) -> tuple[list[int], list[bool]]:

@@ -52,7 +52,7 @@ from qdora.base import BaseWeight, KeepsDtype
 from qdora.origin import origin_of, version_of
 from qdora.product import Operands, RowScale, adapted_product, frozen_product
 
-__all__ = ["DoRALinear", "FrozenLinear", "RowScale", "count_step", "merge_rows"]
+__all__ = ["DoRALinear", "FrozenLinear", "count_step", "merge_rows"]
 
 _SMALLEST_SCALE = 2.0**-60
 # An output times that is no longer a number of fp16's; this still is, with some bits left.

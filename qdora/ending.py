@@ -8,7 +8,7 @@ from typing import Any
 from qdora.distributed import processes
 from qdora.errors import QDoRAError, reason
 from qdora.exhausted import Headroom, let_go, moment_of
-from qdora.kept import last_checkpoint
+from qdora.kept import last_checkpoint, step_of
 
 __all__ = ["end_for_memory", "way_back"]
 
@@ -36,7 +36,7 @@ def end_for_memory(trainer: Any, error: BaseException, headroom: Headroom) -> st
 def _save(trainer: Any) -> None:
     """A checkpoint of the last step, unless there is one; several processes cannot, for the others wait elsewhere."""
     last, step = last_checkpoint(Path(trainer.args.output_dir)), trainer.state.global_step
-    if processes() > 1 or step == 0 or (last is not None and last.name == f"checkpoint-{step}"):
+    if processes() > 1 or step == 0 or (last is not None and step_of(last) == step):
         return
     try:
         trainer._save_checkpoint(trainer.model, trial=None)

@@ -26,7 +26,7 @@ from qdora.flags import RunArguments
 from qdora.planner import asked_plan, choose, memory_model, usable_of
 from qdora.shards import format_bytes
 
-__all__ = ["Headroom", "Moment", "let_go", "memory_explained", "moment_of", "room_on"]
+__all__ = ["Headroom", "Moment", "let_go", "memory_explained", "moment_of"]
 
 # The plan that failed needed more than it was reckoned to; the next one must be well below it.
 _LESS = 0.9
@@ -94,7 +94,7 @@ def let_go(error: BaseException) -> None:
         torch.accelerator.empty_cache()
 
 
-def room_on(device: torch.device) -> int:
+def _room_on(device: torch.device) -> int:
     """The bytes that this process may have of the device, with what it has there already."""
     if device.type == "cpu":
         return int(min(psutil.virtual_memory().available, _allowed()))
@@ -121,7 +121,7 @@ class Headroom:
 
     def __init__(self, run: RunArguments, training: Any, sharded: bool) -> None:
         self._run, self._training, self._sharded = copy.copy(run), copy.copy(training), sharded
-        self._room = room_on(training.device)
+        self._room = _room_on(training.device)
 
     def advice(self) -> str:
         """Flags with which the run fits, as `qdora estimate` would choose them, or what else to do."""
@@ -137,7 +137,7 @@ class Headroom:
         device = self._training.device
         on_accelerator = device.type != "cpu"
         # An accelerator's share is known at any time; of the CPU's, this process has taken some by now.
-        room = usable_of(min(self._room, room_on(device)) if on_accelerator else self._room, on_accelerator)
+        room = usable_of(min(self._room, _room_on(device)) if on_accelerator else self._room, on_accelerator)
         reckoned, asked = memory_model(self._run, self._training, on_accelerator), asked_plan(self._run, self._training)
         failed = reckoned.need(asked).device_bytes
         plan, need = choose(reckoned, asked, min(room, int(failed * _LESS)))

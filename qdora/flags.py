@@ -7,7 +7,7 @@ from typing import Any
 
 from qdora.config import ALL_LINEAR
 
-__all__ = ["DEFAULTS", "OTHER_NAMES", "OWN_OPTIMIZERS", "PLAIN_LOSSES", "RunArguments"]
+__all__ = ["DEFAULTS", "OTHER_NAMES", "OWN_OPTIMIZERS", "PLAIN_LOSSES", "RunArguments", "loss_is_plain"]
 
 # Where our defaults differ from SFTConfig's: an adapter learns faster than a whole model, bf16 is the model's own
 # dtype (so that autocast has nothing to do), and a loss that is not finite must be seen.
@@ -127,3 +127,12 @@ class RunArguments:
     memory: str | None = field(default=None, metadata={"help": "make the run fit in this, such as 8GB"})
     dry_run: bool = field(default=False, metadata={"help": "print what the run needs, and stop"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "write over an adapter that is there"})
+
+
+def loss_is_plain(training: Any) -> bool:
+    """Whether the flags ask for the likelihood alone, which needs no logits as a whole and has a perplexity.
+
+    `trainer` asks this of what TRL made of the flags, for TRL knows whether the model has experts to balance.
+    """
+    balances = getattr(training, "router_aux_loss_coef", None)
+    return training.loss_type in PLAIN_LOSSES and not training.label_smoothing_factor and not balances

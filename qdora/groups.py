@@ -16,9 +16,7 @@ from torch import nn
 from qdora.errors import ConfigError
 
 __all__ = [
-    "DIRECTION",
     "MAGNITUDE",
-    "WHOLE",
     "Rates",
     "freeze_part",
     "keep_settings",
@@ -26,12 +24,12 @@ __all__ = [
     "rates_by_part",
 ]
 
-MAGNITUDE, DIRECTION, WHOLE = "magnitude", "direction", "modules to save"
+MAGNITUDE, _DIRECTION, _WHOLE = "magnitude", "direction", "modules to save"
 _VECTORS = "modules to save, without decay"
 _ONLY_B = "direction, B"
 # Of an optimizer's settings; its rates are the schedule's, and go on.
 _ASKED_ANEW = ("weight_decay", "betas", "eps")
-_PART_OF = {"magnitude_offset": MAGNITUDE, "lora_A": DIRECTION, "lora_B": DIRECTION}
+_PART_OF = {"magnitude_offset": MAGNITUDE, "lora_A": _DIRECTION, "lora_B": _DIRECTION}
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Rates:
             return MAGNITUDE, rate, decay
         if last == "lora_B" and self.b_ratio != 1:
             return _ONLY_B, self.learning_rate * self.b_ratio, self.weight_decay
-        return _PART_OF.get(last, WHOLE), self.learning_rate, self.weight_decay
+        return _PART_OF.get(last, _WHOLE), self.learning_rate, self.weight_decay
 
 
 def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
@@ -80,7 +78,7 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group, rate, decay = rates.of(name)
-            if group == WHOLE and parameter.dim() < 2:
+            if group == _WHOLE and parameter.dim() < 2:
                 group, decay = _VECTORS, 0.0
             entry = groups.setdefault(group, {"params": [], "lr": rate, "weight_decay": decay, "name": group})
             entry["params"].append(parameter)
@@ -110,7 +108,7 @@ def rates_by_part(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         groups: an optimizer's; of those that are not named here, nothing is said.
     """
     now = {group["name"]: float(group["lr"]) for group in groups if "name" in group}
-    parts = {"magnitude": now.get(MAGNITUDE), "A": now.get(DIRECTION), "B": now.get(_ONLY_B, now.get(DIRECTION))}
+    parts = {"magnitude": now.get(MAGNITUDE), "A": now.get(_DIRECTION), "B": now.get(_ONLY_B, now.get(_DIRECTION))}
     return {f"learning_rate_{part}": rate for part, rate in parts.items() if rate is not None}
 
 
@@ -122,8 +120,8 @@ def freeze_part(model: nn.Module, part: str) -> None:
     """
     if part == "none":
         return
-    if part not in (MAGNITUDE, DIRECTION):
-        raise ConfigError(f"freeze must be {MAGNITUDE}, {DIRECTION} or none, found {part!r}")
+    if part not in (MAGNITUDE, _DIRECTION):
+        raise ConfigError(f"freeze must be {MAGNITUDE}, {_DIRECTION} or none, found {part!r}")
     parts = [(_PART_OF.get(name.rpartition(".")[2]), p) for name, p in model.named_parameters() if p.requires_grad]
     if not any(found != part for found, _ in parts):
         raise ConfigError(f"nothing is left to train: the adapters are all {part}; LoRA has no magnitude")

@@ -32,6 +32,7 @@ __all__ = [
     "decoder_layers",
     "freeze_dense",
     "freeze_packed",
+    "hold_outputs",
     "linear_paths",
     "linear_shape",
     "make_lean",

@@ -21,6 +21,7 @@ from qdora.output import UNFINISHED, flush, put_in_place
 
 __all__ = [
     "STATE_FILE",
+    "checkpoint_of",
     "checkpoints_in",
     "clear_scratch",
     "discard",
@@ -109,7 +110,12 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def checkpoint_of(output_dir: str | Path, step: int | None) -> Path:
+    """Where the checkpoint of a step is, or will be."""
+    return Path(output_dir) / f"checkpoint-{step}"
+
+
 def step_of(checkpoint: Path) -> int:
-    """-1 if it is not called after one."""
+    """The other way round; -1 if it is not called after a step."""
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(match[1]) if match else -1

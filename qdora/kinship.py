@@ -34,7 +34,7 @@ from qdora.distributed import is_main
 from qdora.errors import CheckpointError
 from qdora.shards import ShardReader, fingerprint
 
-__all__ = ["QUANTIZE_RECORD", "Kinship", "Origin", "answers_of", "kinship", "origin_of", "probed_paths"]
+__all__ = ["QUANTIZE_RECORD", "Ancestry", "Kinship", "ancestry_of", "answers_of", "kinship", "probed_paths"]
 
 QUANTIZE_RECORD = "qdora_quantize.json"
 _VALUES, _APART, _ROUNDED = 16, 0.5, 0.04
@@ -42,7 +42,7 @@ _logger = logging.getLogger("qdora")
 
 
 @dataclass(frozen=True)
-class Origin:
+class Ancestry:
     """Which weights these are, as far as it is known."""
 
     hash: str | None = None
@@ -50,7 +50,7 @@ class Origin:
     probe: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By the path of a linear, its answers; of an adapter's base only."""
 
-    def meets(self, other: Origin) -> bool:
+    def meets(self, other: Ancestry) -> bool:
         """Whether both come from the same files."""
         return bool({self.hash, self.source} & {other.hash, other.source} - {None})
 
@@ -61,12 +61,12 @@ class Origin:
         return {**{key: value for key, value in known.items() if value is not None}, **probe}
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> Origin:
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Ancestry:
         """What was recorded; a probe that is none counts as not recorded."""
         return cls(metadata.get("qdora_base_hash"), metadata.get("qdora_base_source"), _probe_in(metadata))
 
 
-def origin_of(directory: Path, reader: ShardReader) -> Origin:
+def ancestry_of(directory: Path, reader: ShardReader) -> Ancestry:
     """That of a model's directory."""
     own = fingerprint(reader)
     try:
@@ -74,7 +74,7 @@ def origin_of(directory: Path, reader: ShardReader) -> Origin:
         source = record["source_hash"] if record["hash"] == own else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         source = None
-    return Origin(own, source if isinstance(source, str) else None)
+    return Ancestry(own, source if isinstance(source, str) else None)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Kinship:
             _say_once(f"qdora: {adapter} on {base or 'this model'}: {self.text}")
 
 
-def kinship(trained: Origin, found: Origin, answers: Callable[[str], tuple[float, ...] | None]) -> Kinship:
+def kinship(trained: Ancestry, found: Ancestry, answers: Callable[[str], tuple[float, ...] | None]) -> Kinship:
     """What is known of an adapter and a base.
 
     Args:

@@ -100,21 +100,7 @@ def render(
         prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
         begin = 0 if loss_on_all else len(prompt)
         return Rendered(prompt + completion, ((begin, len(prompt) + len(completion)),), whole=False)
-    first_answer = 0
-    if layout == _PAIR:
-        prompt_messages = _messages(row, "prompt", "role", "content", where)
-        messages = [*prompt_messages, *_messages(row, "completion", "role", "content", where)]
-        first_answer = len(prompt_messages)
-    elif layout == _ALPACA:
-        question = _text(row, "instruction", where)
-        if row.get("input"):
-            question += "\n\n" + _text(row, "input", where)
-        answer = _text(row, "output", where)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    elif layout == _SHAREGPT:
-        messages = _messages(row, "conversations", "from", "value", where)
-    else:
-        messages = _messages(row, "messages", "role", "content", where)
+    messages, first_answer = _chat_of(row, layout, where)
     template = _Template(tokenizer, _tools(row, where), where)
     messages = calls_that_fit(messages, template.tools, template.render)
     check_calls(messages, template.tools, template.render, where)
@@ -190,6 +176,22 @@ class _Template:
     def has_words(self, text: str) -> bool:
         """Whether there is anything in it but those."""
         return bool(self.marks.sub("", text).strip())
+
+
+def _chat_of(row: Row, layout: str, where: str) -> tuple[list[Row], int]:
+    """A row's messages, and which of them is the first that may be an answer to learn."""
+    if layout == _PAIR:
+        prompt = _messages(row, "prompt", "role", "content", where)
+        return [*prompt, *_messages(row, "completion", "role", "content", where)], len(prompt)
+    if layout == _ALPACA:
+        question = _text(row, "instruction", where)
+        if row.get("input"):
+            question += "\n\n" + _text(row, "input", where)
+        answer = _text(row, "output", where)
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], 0
+    if layout == _SHAREGPT:
+        return _messages(row, "conversations", "from", "value", where), 0
+    return _messages(row, "messages", "role", "content", where), 0
 
 
 def _mark_answers(messages: list[Row], first_answer: int, template: _Template, where: str) -> Rendered:

@@ -21,7 +21,7 @@ from qdora.config import AdapterConfig
 from qdora.errors import CheckpointError, ConfigError, out_of_memory, reason
 from qdora.experts import expand_experts
 from qdora.inject import attach, freeze_packed, make_lean
-from qdora.kinship import origin_of
+from qdora.kinship import ancestry_of
 from qdora.loader import NF4Config, check_complete, fill_experts, take_off_marks
 from qdora.offload import keep_embedding_on_host
 from qdora.saving import save_as_adapter
@@ -61,9 +61,9 @@ def load_model(
         allow_other_base: load an adapter onto other weights than it was trained on, see `kinship`.
 
     Returns:
-        A transformers model; with an adapter, exactly the adapter's parameters require gradients. Its
-        `qdora_base_hash` is the fingerprint of the files, which `save_adapter` records; its `save_pretrained` writes
-        the adapter.
+        A transformers model; with an adapter, exactly what the adapter trains requires gradients: magnitudes, A and B,
+        and the copies of modules that are trained whole. Its `qdora_base_hash` is the fingerprint of the files, which
+        `save_adapter` records; its `save_pretrained` writes the adapter.
 
     Raises:
         CheckpointError: not a model, damaged, or the adapter is for another one.
@@ -81,8 +81,8 @@ def load_model(
     if embedding_on_host:
         keep_embedding_on_host(model, place)
     model.config._name_or_path = str(path)
-    origin = origin_of(source, reader)
-    model.qdora_base_hash, model.qdora_base_source = origin.hash, origin.source
+    ancestry = ancestry_of(source, reader)
+    model.qdora_base_hash, model.qdora_base_source = ancestry.hash, ancestry.source
     if sharding is None:
         model.to(place)
     if isinstance(adapter, AdapterConfig):

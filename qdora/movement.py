@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from qdora.distributed import is_main, local, summed
 
-__all__ = ["MovementWatch", "fingerprint"]
+__all__ = ["MovementWatch", "bit_sum"]
 
 _STEPS_AFTER_WARMUP = 10
 _FEWEST_STEPS = 3
@@ -27,7 +27,7 @@ _KINDS = {"magnitude_offset": "magnitudes", "lora_A": "A", "lora_B": "B"}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fingerprint(tensor: Tensor) -> Tensor:
+def bit_sum(tensor: Tensor) -> Tensor:
     """A number that almost surely changes when a bit of the tensor does, () int64 on its device."""
     held = local(tensor.detach())
     bits = held.contiguous().view(_BITS[held.element_size()]).flatten()
@@ -53,7 +53,7 @@ class MovementWatch(TrainerCallback):
         self._first = state.global_step
         self._when = max(self._first, args.get_warmup_steps(state.max_steps)) + _STEPS_AFTER_WARMUP
         moving = {id(p) for group in optimizer.param_groups if _rate_of(group) > 0 for p in group["params"]}
-        self._before = {name: fingerprint(p) for name, p in model.named_parameters() if id(p) in moving}
+        self._before = {name: bit_sum(p) for name, p in model.named_parameters() if id(p) in moving}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step in (self._when, state.max_steps):
@@ -78,7 +78,7 @@ class MovementWatch(TrainerCallback):
     def _look(self, model: nn.Module, steps: int) -> str | None:
         if not self._before:
             return None
-        now = {name: fingerprint(p) for name, p in model.named_parameters() if name in self._before}
+        now = {name: bit_sum(p) for name, p in model.named_parameters() if name in self._before}
         moved = summed(torch.stack([now[name] != before for name, before in self._before.items()]).int()).tolist()
         still = [name for name, has_moved in zip(self._before, moved, strict=True) if not has_moved]
         return _sentence(still, list(self._before), steps) if still else None

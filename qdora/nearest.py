@@ -1,11 +1,11 @@
-"""The valid name that was probably meant."""
+"""The valid name that was probably meant, and flags in their one spelling."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
 
-__all__ = ["did_you_mean", "nearest"]
+__all__ = ["did_you_mean", "nearest", "spelled"]
 
 _ALIKE = 0.6
 
@@ -29,7 +29,15 @@ def nearest(name: str, known: Iterable[str], others: Mapping[str, str] | None = 
     return best if best is not None and likeness(best) >= _ALIKE else None
 
 
-def did_you_mean(name: str, known: Iterable[str], others: Mapping[str, str] | None = None) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error's sentence: the nearest name as a question, or nothing."""
-    near = nearest(name, known, others)
+    near = nearest(name, known)
     return "" if near is None else f"; did you mean {near}?"
+
+
+def spelled(flag: str) -> str:
+    """`--max-steps=3` as `--max_steps=3`; what is no flag as it is."""
+    if not flag.startswith("--"):
+        return flag
+    name, equals, value = flag.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value

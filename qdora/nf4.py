@@ -3,7 +3,7 @@
 The idea. A weight of 4096 × 11008 is 22 MB in NF4 and 90 MB in bf16. Unpacking it whole costs those 90 MB for
 every linear that is in flight, and a trip through memory that the multiplication then makes again. So the
 weight is dequantized a *tile* of whole rows at a time into a buffer that fits in the cache, multiplied at once
-and dropped. Forward, transposed product, row norms and merge all walk the same tiles.
+and dropped. Forward, row norms and merge walk the same tiles; the transposed product has tiles of its own.
 
 The constraint. NF4 stores one absmax for each 64 consecutive weights, counted through the flattened matrix. If
 `in_features` is no multiple of 64, a block straddles two rows. A tile therefore takes a multiple of
@@ -246,7 +246,7 @@ class NF4Weight(KeepsDtype):
         return norms
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The whole weight, (O, I). For tests and export; nothing in training calls it."""
+        """The whole weight, (O, I). For what needs the matrix: quantized products, tests, export."""
         whole = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
         for rows, tile in self.tiles(dtype):
             whole[rows] = tile

@@ -167,7 +167,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, sorted as given, with a final newline; whole, or it leaves the one that is there."""
+    """Write a JSON file, its keys in their order; it appears whole, or the one that is there stays."""
     replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

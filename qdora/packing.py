@@ -24,9 +24,9 @@ from torch import Tensor
 from qdora.distributed import say
 from qdora.errors import ConfigError, out_of_memory, reason
 
-__all__ = ["Collate", "check_rows_apart", "rows_stay_apart", "settle_packing", "splits_rows"]
+__all__ = ["check_rows_apart", "rows_stay_apart", "settle_packing", "splits_rows"]
 
-Collate = Callable[[list[dict[str, list[int]]]], dict[str, Any]]
+_Collate = Callable[[list[dict[str, list[int]]]], dict[str, Any]]
 """Makes one sequence of rows (`input_ids`, `labels`), as the trainer's data collator does."""
 
 _LENGTHS = (7, 6)  # longer than what a convolution of these families reaches over
@@ -58,7 +58,7 @@ def splits_rows(training: Any, evaluation: bool = False) -> bool:
     return packs and training.packing_strategy != "bfd"
 
 
-def check_rows_apart(scored: Any, collate: Collate) -> None:
+def check_rows_apart(scored: Any, collate: _Collate) -> None:
     """That a model keeps apart the rows of one sequence.
 
     Args:
@@ -87,7 +87,7 @@ def check_rows_apart(scored: Any, collate: Collate) -> None:
 
 
 @torch.enable_grad()
-def rows_stay_apart(scored: Any, collate: Collate) -> bool:
+def rows_stay_apart(scored: Any, collate: _Collate) -> bool:
     """The question of `check_rows_apart`, tried out on two rows; leaves no gradients in the model."""
     embedding = scored.model.get_input_embeddings()
     vocabulary = embedding.weight.shape[0]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from qdora.errors import ConfigError
-from qdora.nearest import nearest
+from qdora.nearest import nearest, spelled
 
 __all__ = ["PARSERS", "SHELLS", "parse"]
 
@@ -23,7 +23,7 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         ConfigError: an unknown flag (the nearest one is suggested), a missing or a bad value.
     """
     parser = PARSERS[verb]()
-    options, unknown = parser.parse_known_args([_spelled(argument) for argument in arguments])
+    options, unknown = parser.parse_known_args([spelled(argument) for argument in arguments])
     flags = [name for name in unknown if name.startswith("-")]
     if flags:
         known = [name for action in parser._actions for name in action.option_strings]
@@ -33,11 +33,6 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         raise ConfigError(f"one word too many: {unknown[0]!r}; `{parser.prog} --help` shows how it goes")
     return options
-
-
-def _spelled(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
 
 
 class _Parser(argparse.ArgumentParser):

@@ -29,7 +29,8 @@ class Plan:
     embedding_on_host: bool = False
     stream_base: bool = False
 
-    def _chunk(self) -> str:
+    def loss_chunk_size(self) -> str:
+        """As its flag says it."""
         whole, rest = divmod(self.loss_chunk_bytes, _GRANULE)
         return str(self.loss_chunk_bytes) if rest else f"{whole}MiB"
 
@@ -38,7 +39,7 @@ class Plan:
         flags = [
             f"--per_device_train_batch_size {self.rows}",
             f"--gradient_accumulation_steps {self.accumulation}",
-            f"--loss_chunk_size {self._chunk()}",
+            f"--loss_chunk_size {self.loss_chunk_size()}",
         ]
         return " ".join([*flags, *(f"--{name} true" for name in SWITCHES if getattr(self, name))])
 

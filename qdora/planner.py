@@ -17,7 +17,7 @@ from qdora.architecture import hollow_model
 from qdora.arguments import adapter_config
 from qdora.arithmetic import training_dtype
 from qdora.errors import ConfigError
-from qdora.flags import OWN_OPTIMIZERS, PLAIN_LOSSES, RunArguments
+from qdora.flags import OWN_OPTIMIZERS, RunArguments, loss_is_plain
 from qdora.groups import freeze_part
 from qdora.memory import MemoryModel
 from qdora.plan import Need, Plan, Run
@@ -67,10 +67,7 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
             workspace=ACCELERATOR if on_accelerator else CPU,
             optim=None if training.optim in OWN_OPTIMIZERS else str(getattr(training.optim, "value", training.optim)),
             checkpointing=training.gradient_checkpointing,
-            # as `trainer.AdapterTrainer` decides
-            lean_loss=training.loss_type in PLAIN_LOSSES
-            and not training.label_smoothing_factor
-            and not getattr(training, "router_aux_loss_coef", None),
+            lean_loss=loss_is_plain(training),
             filled=training.packing,
             # As TRL does: these ways of packing, and batches without padding, go through attention as one row.
             flattened=training.padding_free or (training.packing and training.packing_strategy != "wrapped"),

@@ -33,7 +33,12 @@ _TRACKER_SETTINGS = {"comet_ml": "COMET_API_KEY", "kubeflow": "KUBEFLOW_TRAINER_
 
 
 def check_original(run: RunArguments, trust_remote_code: bool) -> None:
-    """That there is something that rounding to NF4 took away, and weights to tell what."""
+    """That there is something that rounding to NF4 took away, and weights to tell what.
+
+    Raises:
+        ConfigError: there is not.
+        CheckpointError: the model cannot be read.
+    """
     if run.init_lora_weights != "loftq":
         return
     is_packed = is_nf4_checkpoint(local_model(run.model_name_or_path), trust_remote_code)
@@ -47,7 +52,10 @@ def check_original(run: RunArguments, trust_remote_code: bool) -> None:
 
 
 def check_sharded(run: RunArguments, training: Any) -> None:
-    """What does not go together with FSDP2."""
+    """
+    Raises:
+        ConfigError: a flag does not go together with FSDP2.
+    """
     if run.stream_base or run.embedding_on_host:
         raise ConfigError(
             "--stream_base and --embedding_on_host keep weights on the host, --fsdp shards them; choose one"
@@ -71,6 +79,9 @@ def check_trackers(names: Sequence[str]) -> None:
 
     Args:
         names: as transformers leaves them in its settings, with `all` and `none` resolved.
+
+    Raises:
+        ConfigError: one is unknown or not installed.
     """
     available = _available_trackers()
     for name in names:
@@ -94,7 +105,11 @@ def _available_trackers() -> set[str]:
 
 
 def check_place(output_dir: Path) -> None:
-    """That the adapter can be written there, without leaving anything now."""
+    """That the adapter can be written there, without leaving anything now.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     there = next(path for path in [output_dir, *output_dir.absolute().parents] if path.exists())
     if not there.is_dir():
         raise ConfigError(f"the output {output_dir} is a file or in one ({there}); name a directory")

@@ -41,7 +41,7 @@ from qdora.base import BaseWeight
 from qdora.errors import ConfigError
 from qdora.origin import Origin, check_unchanged, version_of
 
-__all__ = ["RowScale", "adapted_product", "column_dots", "frozen_product"]
+__all__ = ["Operands", "RowScale", "adapted_product", "column_dots", "frozen_product"]
 
 
 class RowScale(NamedTuple):

@@ -29,7 +29,6 @@ from qdora.output import UNFINISHED, write_json, writing
 from qdora.shards import ShardReader, fingerprint
 
 __all__ = [
-    "RECORD_FILE",
     "RecordKeeper",
     "Start",
     "begin_record",
@@ -37,7 +36,7 @@ __all__ = [
     "start",
 ]
 
-RECORD_FILE = "qdora_train.json"
+_RECORD_FILE = "qdora_train.json"
 # Not settings of the training: where a run is, and how it and each of its processes were started.
 _NOT_RECORDED = ("output_dir", "run_name", "resume_from_checkpoint", "local_rank")
 _NOT_COMPARED = ("overwrite_output_dir",)
@@ -214,7 +213,7 @@ def begin_record(beginning: Start, output_dir: Path) -> None:
 
 def _write_record(beginning: Start, output_dir: Path, finished: bool) -> None:
     origin = {"began_from": beginning.began_from, "began_at": beginning.began_at} if beginning.began_from else {}
-    write_json(output_dir / RECORD_FILE, {"finished": finished, **origin, "settings": beginning.settings})
+    write_json(output_dir / _RECORD_FILE, {"finished": finished, **origin, "settings": beginning.settings})
 
 
 def _set_aside_after(step: int, output_dir: Path) -> None:
@@ -239,7 +238,7 @@ class RecordKeeper(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         out = Path(args.output_dir)
-        if state.is_world_process_zero and not (out / RECORD_FILE).is_file():
+        if state.is_world_process_zero and not (out / _RECORD_FILE).is_file():
             say(f"{out} was taken away since the training began; it was made again with checkpoint-{state.global_step}")
             with writing(out):
                 _write_record(self._beginning, out, finished=False)
@@ -274,7 +273,7 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
 
 def _read_record(output_dir: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((output_dir / RECORD_FILE).read_text(encoding="utf-8"))
+        record = json.loads((output_dir / _RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     known = isinstance(record, dict) and isinstance(record.get("settings"), dict) and "finished" in record

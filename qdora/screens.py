@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qdora.nearest import did_you_mean
 from qdora.parsers import PARSERS
 
-__all__ = ["OVERVIEW", "VERBS", "asked_for", "unknown_verb"]
+__all__ = ["VERBS", "asked_for", "unknown_verb"]
 
 VERBS = {
     "init": "a commented config for a model, data and memory",
@@ -21,7 +21,7 @@ VERBS = {
     "completion": "let your shell complete verbs and flags",
 }
 
-OVERVIEW = "\n".join(
+_OVERVIEW = "\n".join(
     [
         "usage: qdora VERB ...",
         "",
@@ -104,7 +104,7 @@ without weights or a GPU.
 def asked_for(given: Sequence[str]) -> str | None:
     """The screen that a command line asks for, if it asks for one that is ready."""
     if not given or given[0] in ("-h", "--help", "help"):
-        return OVERVIEW
+        return _OVERVIEW
     verb, rest = given[0], given[1:]
     bare = not rest and verb != "init"
     if verb not in VERBS or not (bare or "-h" in rest or "--help" in rest):

@@ -134,10 +134,6 @@ class ShardReader:
     def total_bytes(self) -> int:
         return sum(self._bytes_of.values())
 
-    @property
-    def largest_bytes(self) -> int:
-        return max(self._bytes_of.values(), default=0)
-
     def get(self, key: str) -> Tensor:
         """Read one tensor into memory of its own."""
         try:

@@ -23,7 +23,7 @@ from qdora.distributed import gathered, whole
 from qdora.errors import ConfigError, NumericsError, reason
 from qdora.flags import PLAIN_LOSSES
 from qdora.groups import Rates, keep_settings, parameter_groups, rates_by_part
-from qdora.kept import clear_scratch, keep_newest, name_checkpoint, scratch_of
+from qdora.kept import STATE_FILE, checkpoint_of, clear_scratch, keep_newest, name_checkpoint, scratch_of
 from qdora.loss import CHUNK_BYTES, IGNORED
 from qdora.measure import score
 from qdora.numerics import FiniteGuard, check_weights, first_bad_output
@@ -258,18 +258,19 @@ class AdapterTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The trainer's, in a scratch directory: it gets its name when it is complete and on the disk."""
-        out, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        checkpoint, self._saving_to = out / name, scratch_of(out)
+        out, step = Path(self.args.output_dir), self.state.global_step
+        checkpoint, self._saving_to = checkpoint_of(out, step), scratch_of(out)
+        unfinished = checkpoint_of(self._saving_to, step)
         try:
             with writing(checkpoint, _MAKE_ROOM):
                 super()._save_checkpoint(model, trial)
-                if self.state.best_model_checkpoint == str(self._saving_to / name):
+                if self.state.best_model_checkpoint == str(unfinished):
                     self.state.best_model_checkpoint = str(checkpoint)
                 else:
                     self.state.best_model_checkpoint = self._best_checkpoint()
                 if self.args.should_save:
-                    self.state.save_to_json(str(self._saving_to / name / "trainer_state.json"))
-                    name_checkpoint(self._saving_to / name, checkpoint)
+                    self.state.save_to_json(str(unfinished / STATE_FILE))
+                    name_checkpoint(unfinished, checkpoint)
                     keep_newest(out, self._keep, checkpoint, self.state.best_model_checkpoint)
         finally:
             self._saving_to = None
@@ -284,11 +285,11 @@ class AdapterTrainer(SFTTrainer):
             self.save_model()
             if self.args.should_save:
                 with whole_files(out) as scratch:
-                    self.state.save_to_json(str(scratch / "trainer_state.json"))
+                    self.state.save_to_json(str(scratch / STATE_FILE))
 
     def stand_at(self, checkpoint: str) -> None:
         """As after a training whose last checkpoint this is: what was to be kept is loaded, nothing is trained."""
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
         self.state.best_model_checkpoint = self._best_checkpoint()
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         load_adapter(self.model, best or checkpoint)
@@ -296,7 +297,7 @@ class AdapterTrainer(SFTTrainer):
 
     def _best_checkpoint(self) -> str | None:
         """That of the best evaluation, by its step: the directory may be called otherwise than when that was noted."""
-        here = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        here = checkpoint_of(self.args.output_dir, self.state.best_global_step)
         return str(here) if here.is_dir() else self.state.best_model_checkpoint
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

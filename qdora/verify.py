@@ -19,7 +19,7 @@ from qdora.model import load_model
 from qdora.shards import ShardReader
 from qdora.tokenizer import load_tokenizer
 
-__all__ = ["KL_BOUND", "PROMPTS", "Comparison", "compare", "fits_in_memory"]
+__all__ = ["PROMPTS", "Comparison", "compare", "fits_in_memory"]
 
 PROMPTS = (
     "The capital of France is",
@@ -28,7 +28,7 @@ PROMPTS = (
     "def fibonacci(n):\n",
 )
 NEW_TOKENS = 16
-KL_BOUND = 1e-2
+_KL_BOUND = 1e-2
 """Rounding W' to fp16 gives 1e-6 to 1e-5 on real models and to bf16 1e-4; a merge onto other weights, above 0.1."""
 
 
@@ -52,11 +52,11 @@ class Comparison:
         Raises:
             NumericsError: the two are further apart than rounding to 16 bits can bring them.
         """
-        if not self.kl_per_token <= KL_BOUND:  # NaN too
+        if not self.kl_per_token <= _KL_BOUND:  # NaN too
             raise NumericsError(
                 f"the merged model is not the one that was trained: KL {self.kl_per_token:.3g} a token, "
                 f"{self.same_tokens} of {self.greedy_tokens} greedy tokens the same; {out} was not written. Was the "
-                "adapter trained on this base? --no-verify writes it nevertheless"
+                "adapter trained on this base? --no_verify writes it nevertheless"
             )
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ from qdora.config import ends_in
 from qdora.errors import ConfigError
 from qdora.nearest import did_you_mean
 
-__all__ = ["TrainedWhole", "matching", "names_for_peft", "train_whole", "trained_whole"]
+__all__ = ["TrainedWhole", "names_for_peft", "train_whole", "trained_whole"]
 
 
 class TrainedWhole(nn.Module):
@@ -63,7 +63,7 @@ def names_for_peft(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     return names if set(meant) <= whole.keys() else tuple(whole)
 
 
-def matching(model: nn.Module, names: Iterable[str], tie: bool) -> list[str]:
+def _matching(model: nn.Module, names: Iterable[str], tie: bool) -> list[str]:
     """The paths of the modules that these names mean, and with `tie` of those that share their weight.
 
     Raises:
@@ -83,10 +83,10 @@ def matching(model: nn.Module, names: Iterable[str], tie: bool) -> list[str]:
 
 
 def train_whole(model: nn.Module, names: Iterable[str], tie: bool) -> None:
-    """Put a trained copy in the place of each of these modules. Raises as `matching`."""
+    """Put a trained copy in the place of each of these modules. Raises as `_matching`."""
     if not names:
         return
-    paths, pair = matching(model, names, tie), _tied_pair(model)
+    paths, pair = _matching(model, names, tie), _tied_pair(model)
     for path in paths:
         model.set_submodule(path, TrainedWhole(model.get_submodule(path)).train(model.training))
     if tie and pair and set(pair) <= set(paths):

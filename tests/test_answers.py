@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qdora
-from qdora.answers import Question, _batches, answer, count_matches, questions
+from qdora.answers import Question, _batches, answer, answerable, count_matches, questions
 from qdora.data import encode
 from tests.conftest import make_model, make_tokenizer
 
@@ -53,6 +53,15 @@ def test_batches_answer_as_single_rows_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("answers", "right"), [(["a", "b"], 2), (["a", "B"], 1), (["", "b."], 0)])
 def test_matches(answers: list[str], right: int) -> None:
     assert count_matches([Question([1, 2], "a", 1), Question([1, 2], "b", 1)], answers) == right
+
+
+def test_what_a_model_has_room_for_is_answered(tmp_path: Path) -> None:
+    fits, too_long = Question([1] * 80, "x", 8), Question([1] * 81, "x", 8)
+    assert answerable([fits, too_long], 96) == [fits]
+    assert answerable([fits, too_long], None) == [fits, too_long]
+    model = qdora.load_model(make_model(tmp_path), load_in_4bit=False, dtype="float32")
+    model.config.max_position_embeddings = 96
+    assert len(answer(model, make_tokenizer(), [fits])) == 1
 
 
 def test_a_batch_has_room_for_its_longest_answer() -> None:

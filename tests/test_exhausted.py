@@ -126,7 +126,7 @@ def test_loading(inject: Inject, tiny_nf4: Path, pairs_file: Path, tmp_path: Pat
 
 
 def headroom(model: Path, room: int, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> Headroom:
-    monkeypatch.setattr(exhausted, "room_on", lambda _: room)
+    monkeypatch.setattr(exhausted, "_room_on", lambda _: room)
     settings = {**QUICK, "model_name_or_path": str(model), "dataset": "none", "output_dir": "none", **flags}
     return Headroom(*parse_train(flags_of(settings)), sharded=False)
 

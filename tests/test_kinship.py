@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import qdora
 from qdora import AdapterConfig, CheckpointError
 from qdora.adapterfile import WEIGHTS_FILE, read_adapter
-from qdora.kinship import QUANTIZE_RECORD, Kinship, Origin, _say_once, kinship
+from qdora.kinship import QUANTIZE_RECORD, Ancestry, Kinship, _say_once, kinship
 from tests.conftest import disturb, make_model
 
 SHARED = {"num_hidden_layers": 1, "num_key_value_heads": 2}
@@ -183,24 +183,24 @@ def test_a_probe_that_is_none_counts_as_not_recorded(place: Path, tmp_path: Path
     with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
         metadata = file.metadata() | {"qdora_base_probe": probe}
     save_file(load_file(adapter / WEIGHTS_FILE), adapter / WEIGHTS_FILE, metadata)
-    assert read_adapter(adapter).origin.probe == {}
-    assert read_adapter(place / "on-nf4").origin.probe
+    assert read_adapter(adapter).ancestry.probe == {}
+    assert read_adapter(place / "on-nf4").ancestry.probe
 
 
 def test_the_three_answers() -> None:
-    known = Origin("a", "s", {"x": (3.0, 4.0)})
+    known = Ancestry("a", "s", {"x": (3.0, 4.0)})
 
     def found(**settings: Any) -> Kinship:
-        return kinship(known, Origin(**settings), lambda path: (3.1, 4.0))
+        return kinship(known, Ancestry(**settings), lambda path: (3.1, 4.0))
 
     assert found(hash="a").right is True
     assert found(hash="b", source="s").right is True
     assert found(hash="s").right is True
     assert found(hash="b").right is None
-    assert kinship(known, Origin("a"), lambda path: (3.3, 4.0)).right is None
-    assert kinship(known, Origin("a"), lambda path: None).right is True
-    assert kinship(Origin("a"), Origin("a"), lambda path: None).right is True
-    assert kinship(known, Origin("b"), lambda path: (-3.0, 4.0)).right is False
-    assert kinship(known, Origin("b"), lambda path: (3.0,)).right is False
-    assert kinship(known, Origin("b"), lambda path: None).right is None
-    assert kinship(Origin(), Origin(), lambda path: None).right is None
+    assert kinship(known, Ancestry("a"), lambda path: (3.3, 4.0)).right is None
+    assert kinship(known, Ancestry("a"), lambda path: None).right is True
+    assert kinship(Ancestry("a"), Ancestry("a"), lambda path: None).right is True
+    assert kinship(known, Ancestry("b"), lambda path: (-3.0, 4.0)).right is False
+    assert kinship(known, Ancestry("b"), lambda path: (3.0,)).right is False
+    assert kinship(known, Ancestry("b"), lambda path: None).right is None
+    assert kinship(Ancestry(), Ancestry(), lambda path: None).right is None

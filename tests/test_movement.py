@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from qdora.movement import MovementWatch, fingerprint
+from qdora.movement import MovementWatch, bit_sum
 from tests.test_train import quick
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_bit_is_movement(dtype: torch.dtype) -> None:
     tensor = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    before = fingerprint(tensor)
-    assert fingerprint(tensor.clone()) == before
+    before = bit_sum(tensor)
+    assert bit_sum(tensor.clone()) == before
     last = tensor[-1, -1].clone()
     tensor[-1, -1] = torch.nextafter(last, torch.tensor(torch.inf, dtype=dtype))
-    assert fingerprint(tensor) != before
+    assert bit_sum(tensor) != before
     tensor[-1, -1] = last
-    assert fingerprint(tensor) == before
-    assert fingerprint(tensor.flip(0)) != before  # the same values elsewhere
+    assert bit_sum(tensor) == before
+    assert bit_sum(tensor.flip(0)) != before  # the same values elsewhere
 
 
 class _Linear(nn.Module):
@@ -66,9 +66,9 @@ def test_a_run_that_is_stopped_early_is_looked_at(tiny_nf4: Path, pairs_file: Pa
 
 def test_it_takes_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(50, 7).bfloat16()
-    at_once = fingerprint(values)
+    at_once = bit_sum(values)
     monkeypatch.setattr("qdora.movement._VALUES_AT_ONCE", 11)
-    assert torch.equal(fingerprint(values), at_once)
+    assert torch.equal(bit_sum(values), at_once)
 
 
 def test_a_run_says_so(tiny_nf4: Path, pairs_file: Path, tmp_path: Path, capsys: Any) -> None:

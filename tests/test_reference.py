@@ -10,7 +10,7 @@ import torch
 
 import qdora
 from qdora import AdapterConfig, ConfigError
-from tests.conftest import disturb
+from tests.conftest import disturb, make_model
 
 IDS = torch.arange(3, 43)[None]
 
@@ -32,6 +32,19 @@ def test_its_logits_are_the_base_s(trained: Any, tiny_nf4: Path) -> None:
     assert torch.equal(reference.get_output_embeddings()(hidden), base)
     assert reference.config is trained.config
     assert not torch.equal(trained(IDS).logits, base)
+
+
+def test_its_head_is_the_base_s_where_a_copy_is_trained(tmp_path: Path) -> None:
+    directory = make_model(tmp_path, tie=False)
+    base = qdora.load_model(directory)(IDS).logits
+    model = qdora.load_model(directory, adapter=AdapterConfig(rank=4, modules_to_save=("lm_head",)))
+    disturb(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+    reference = qdora.reference_model(model)
+    hidden = reference.base_model(input_ids=IDS).last_hidden_state
+    assert torch.equal(reference.get_output_embeddings()(hidden), base)
+    assert torch.equal(reference(IDS).logits, base)
 
 
 def test_no_second_copy_of_any_weight(trained: Any) -> None:

@@ -83,6 +83,22 @@ def test_only_nf4format_knows_bitsandbytes_and_nothing_pickles() -> None:
         assert not re.search(r"torch\.load\((?!.*weights_only=True)|pickle\.", text), path.name
 
 
+def test_what_others_import_is_in_all() -> None:
+    exported = {".".join(path.relative_to(ROOT).with_suffix("").parts): all_of(path) for path in MODULES}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in exported:
+                unlisted = {alias.name for alias in node.names} - exported[node.module]
+                assert not unlisted, f"{path.stem} imports {unlisted} from {node.module}"
+
+
+def all_of(path: Path) -> set[str]:
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
 def test_all_is_exported() -> None:
     for name in qdora.__all__:
         assert hasattr(qdora, name), name

@@ -78,6 +78,20 @@ def test_exact_match_while_training(tiny_nf4: Path, tmp_path: Path) -> None:
         quick(tiny_nf4, text, tmp_path / "text", eval_dataset=str(text), eval_exact_match=3)
 
 
+def test_questions_that_the_model_has_no_room_for(
+    tiny_nf4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, long = ({"prompt": f"Question: {'7' * length}?", "completion": " 7"} for length in (1, 600))
+    mixed, all_long = tmp_path / "mixed.jsonl", tmp_path / "long.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in [long, short, short]))
+    all_long.write_text(json.dumps(long) + "\n")
+    flags: dict[str, Any] = {"eval_exact_match": 3, "max_steps": 1}
+    quick(tiny_nf4, mixed, tmp_path / "mixed", eval_dataset=str(mixed), **flags)
+    assert "1 of 3 questions are left out: they do not fit into what the model takes" in capsys.readouterr().err
+    with pytest.raises(DataError, match="no question that, with its answer, fits into the 512 tokens"):
+        quick(tiny_nf4, mixed, tmp_path / "long", eval_dataset=str(all_long), **flags)
+
+
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 def test_exact_match_under_another_loss(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
     flags = {
@@ -99,6 +113,7 @@ def test_exact_match_under_another_loss(tiny_nf4: Path, pairs_file: Path, tmp_pa
     [
         ("exact_match", {}, r"exact_match needs --eval_exact_match"),
         ("accuracy", {}, r"must be one of loss, perplexity, exact_match, found 'accuracy'"),
+        ("perplexity", {"router_aux_loss_coef": 0.01}, r"must be one of loss, exact_match, found 'perplexity'"),
         ("eval_perplexity", {"label_smoothing_factor": 0.1}, r"must be one of loss, exact_match, found 'perplexity'"),
     ],
 )

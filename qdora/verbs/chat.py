@@ -145,7 +145,7 @@ def chat(
     terminal.note(f"{named}: {weights}, {_arithmetic(loaded)}, {_template(tokenizer, whose)}")
     headings = {"without the adapter": False, "with the adapter": True} if compare else {"": True}
     voices = {
-        heading: Conversation(loaded, tokenizer, sampling, system, use_adapter)
+        heading: Conversation(loaded, tokenizer, sampling, system, use_adapter, whose)
         for heading, use_adapter in headings.items()
     }
     if prompts:

@@ -13,7 +13,7 @@ from qdora.plan import Need, Plan
 from qdora.planner import asked_plan, choose, memory_model, usable_bytes
 from qdora.shards import format_bytes
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "estimate", "estimate_from_arguments"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ What is measured, each over the same rows:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from qdora.adapterfile import loads_in_4bit, read_adapter
-from qdora.answers import Question, answer, count_matches, questions
+from qdora.answers import Question, answer, answerable, count_matches, questions
 from qdora.architecture import context_of, is_nf4_checkpoint
 from qdora.arithmetic import pick_device, usual_dtype
 from qdora.choices import Accuracy, Choice, accuracy, choice_rows
@@ -33,7 +32,7 @@ from qdora.inject import adapted_linears, adapters_disabled
 from qdora.loss import IGNORED
 from qdora.measure import padded_batches, row_likelihoods, score
 from qdora.model import load_model
-from qdora.output import replace_text
+from qdora.output import write_json
 from qdora.rows import Row, read_rows
 from qdora.scoring import ScoredModel
 from qdora.sources import local_model
@@ -92,7 +91,7 @@ class EvaluateReport:
 
     def write(self, path: str | Path) -> None:
         """All figures as JSON."""
-        replace_text(Path(path), json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        write_json(Path(path), asdict(self))
 
 
 def _percent(share: float | None) -> str:
@@ -184,7 +183,7 @@ def evaluate(
     length = min(filter(None, (max_length, limit)), default=None)
     exam = _Exam(
         data=encode(rows, tokenizer, length, dataset, loss_on_all, _bar("tokenize", "rows")),
-        asked=_questions(rows[:exact_match_rows], tokenizer, limit, dataset),
+        asked=answerable(_questions(rows[:exact_match_rows], tokenizer, dataset), limit),
         choices=chosen,
         choice_data=_choice_data(chosen, tokenizer, length, dataset),
         batch_size=batch_size,
@@ -240,10 +239,9 @@ def _check_merged(merged: str | Path | None, trust_remote_code: bool) -> None:
         raise CheckpointError(f"{merged} is in NF4, so it is no merged model; give it in the base model's place")
 
 
-def _questions(rows: list[Row], tokenizer: Any, limit: int | None, dataset: str | Path) -> list[Question]:
-    """What is to be answered: rows that, with their answers, fit into what the model takes."""
-    asked = questions(encode(rows, tokenizer, None, dataset), tokenizer) if rows else []
-    return [question for question in asked if limit is None or len(question.prompt) + question.tokens < limit - 8]
+def _questions(rows: list[Row], tokenizer: Any, dataset: str | Path) -> list[Question]:
+    """Whole, whatever `max_length` is: an answer that was cut can never be matched."""
+    return questions(encode(rows, tokenizer, None, dataset), tokenizer) if rows else []
 
 
 def _choice_data(

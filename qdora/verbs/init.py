@@ -139,7 +139,7 @@ def _fit(settings: dict[str, Any], memory: str, use_cpu: bool) -> Need:
     settings["per_device_train_batch_size"] = plan.rows
     settings["gradient_accumulation_steps"] = plan.accumulation
     if plan.loss_chunk_bytes != asked.loss_chunk_bytes:
-        settings["loss_chunk_size"] = f"{plan.loss_chunk_bytes // 2**20}MiB"
+        settings["loss_chunk_size"] = plan.loss_chunk_size()
     settings |= {name: True for name in SWITCHES if getattr(plan, name)}
     return need
 

@@ -37,7 +37,7 @@ from qdora.verify import Comparison, compare, fits_in_memory
 
 __all__ = ["MergeReport", "merge"]
 
-RECORD_FILE = "qdora_merge.json"
+_RECORD_FILE = "qdora_merge.json"
 
 
 @dataclass
@@ -206,7 +206,7 @@ def _write_record(directory: Path, report: MergeReport, base: str | Path, adapte
         "dtype": report.dtype,
         "verified": None if report.comparison is None else asdict(report.comparison),
     }
-    write_json(directory / RECORD_FILE, record)
+    write_json(directory / _RECORD_FILE, record)
 
 
 def _progress(keys: list[str]) -> Iterable[str]:

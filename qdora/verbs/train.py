@@ -49,7 +49,7 @@ from qdora.sharding import Sharding, take_sharding
 from qdora.signals import Stopped, StopRequest
 from qdora.tokenizer import check_ids, load_tokenizer
 
-__all__ = ["TrainReport", "train"]
+__all__ = ["TrainReport", "train", "train_from_arguments"]
 
 
 @dataclass
@@ -93,8 +93,11 @@ def train(config: str | Path | None = None, **flags: Any) -> TrainReport | None:
         The report; None after a dry run.
 
     Raises:
-        QDoRAError: a flag, the data or the model is wrong; nothing was trained.
+        CheckpointError, ConfigError, DataError: the model, a flag or the data is wrong; nothing was trained.
         NumericsError: a loss, a gradient or a trained value is not finite; no such adapter was written.
+        OutputError: the output cannot be written.
+        QDoRAError: memory ran out, or the adapter could not be uploaded.
+        Stopped: SIGINT or SIGTERM came; the step was ended and saved.
     """
     return train_from_arguments([*([] if config is None else [str(config)]), *flags_of(flags)])
 
