@@ -87,7 +87,7 @@ def test_questions_that_the_model_has_no_room_for(
     all_long.write_text(json.dumps(long) + "\n")
     flags: dict[str, Any] = {"eval_exact_match": 3, "max_steps": 1}
     quick(tiny_nf4, mixed, tmp_path / "mixed", eval_dataset=str(mixed), **flags)
-    assert "1 of 3 questions are left out: they do not fit into what the model takes" in capsys.readouterr().err
+    assert "1 of 3 questions are left out: they do not fit into what the model takes" in capsys.readouterr().out
     with pytest.raises(DataError, match="no question that, with its answer, fits into the 512 tokens"):
         quick(tiny_nf4, mixed, tmp_path / "long", eval_dataset=str(all_long), **flags)
 
