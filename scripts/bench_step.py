@@ -166,14 +166,14 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 2.6 * len(results)), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, result in zip(figure.subplots(len(results), 2, squeeze=False), results, strict=True):
-        for axis, name, scale, unit in (
-            (axes[0], "median_seconds", 1.0, "seconds a step"),
-            (axes[1], "peak_bytes_above_model", 1e-6, "MB above the loaded model"),
+        for axis, name, scale, decimals, unit in (
+            (axes[0], "median_seconds", 1.0, 2, "seconds a step"),
+            (axes[1], "peak_bytes_above_model", 1e-6, 0, "MB above the loaded model"),
         ):
             values = {method: value * scale for method, value in result[name].items()}
             colors = ["tab:blue" if method.startswith("qdora") else "tab:gray" for method in values]
             bars = axis.barh(list(values), list(values.values()), color=colors)
-            axis.bar_label(bars, fmt="%.3g", padding=3)
+            axis.bar_label(bars, [f"{value:,.{decimals}f}" for value in values.values()], padding=3)
             axis.invert_yaxis()
             axis.set(xlabel=unit, title=f"{result['workload']}, rank {result['rank']}")
             axis.margins(x=0.15)
