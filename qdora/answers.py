@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from qdora.architecture import context_of
+from qdora.chats import TEXT
 from qdora.data import EncodedData, last_answer_in
 from qdora.generation import RefuseNaN, end_tokens, generating_by, place_of
 
-__all__ = ["Question", "answer", "answerable", "count_matches", "questions"]
+__all__ = ["Answered", "Question", "answer", "answerable", "count_matches", "questions"]
 
 # Room for an answer that begins with a space or a newline too many.
 _SPARE_TOKENS = 8
@@ -24,19 +26,30 @@ class Question:
     """What stands before a row's last answer, and that answer."""
 
     prompt: list[int]
+    expected: list[int]
+    """The answer's tokens, with what ends it."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question's answer as it should be and as the model gave it, up to what ends them."""
+
     expected: str
-    tokens: int
-    """Of the expected answer, with what ends it."""
+    given: str
+
+    @property
+    def matches(self) -> bool:
+        """Word for word, but for white space around them."""
+        return self.expected == self.given
 
 
-def questions(data: EncodedData, tokenizer: Any) -> list[Question]:
-    """The rows' last answers as questions; rows that begin with their answer (plain text) have none."""
+def questions(data: EncodedData) -> list[Question]:
+    """The rows' last answers as questions; plain text has none."""
     found = []
     for ids, labels in zip(data.input_ids, data.labels, strict=True):
         first, end = last_answer_in(labels)
-        if first > 1:
-            expected = tokenizer.decode(ids[first:end], skip_special_tokens=True)
-            found.append(Question(ids[:first], expected.strip(), end - first))
+        if data.layout != TEXT and first > 0:
+            found.append(Question(ids[:first], ids[first:end]))
     return found
 
 
@@ -46,7 +59,7 @@ def answerable(asked: Iterable[Question], limit: int | None) -> list[Question]:
 
 
 def _tokens(question: Question) -> int:
-    return len(question.prompt) + question.tokens + _SPARE_TOKENS
+    return len(question.prompt) + len(question.expected) + _SPARE_TOKENS
 
 
 @torch.no_grad()
@@ -56,7 +69,7 @@ def answer(
     asked: Sequence[Question],
     batch_size: int = 8,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> list[str]:
+) -> list[Answered]:
     """The model's greedy answer to each question, stripped of what surrounds it.
 
     Args:
@@ -65,21 +78,20 @@ def answer(
         progress: wraps the list of batches, such as tqdm.
     """
     batches = _batches(asked, batch_size, context_of(model.config))
-    answers = [""] * len(asked)
+    answers: dict[int, Answered] = {}
     was_training = model.training
     model.eval()
     try:
         for indices in progress(batches):
-            for i, text in zip(indices, _batch(model, tokenizer, [asked[i] for i in indices]), strict=True):
-                answers[i] = text
+            answers.update(zip(indices, _batch(model, tokenizer, [asked[i] for i in indices]), strict=True))
     finally:
         model.train(was_training)
-    return answers
+    return [answers[i] for i in range(len(asked))]
 
 
-def count_matches(asked: Sequence[Question], answers: Sequence[str]) -> int:
-    """How many answers are the expected ones, but for white space around them."""
-    return sum(question.expected == text for question, text in zip(asked, answers, strict=True))
+def count_matches(answers: Iterable[Answered]) -> int:
+    """How many answers are the expected ones."""
+    return sum(answer.matches for answer in answers)
 
 
 def _batches(asked: Sequence[Question], batch_size: int, limit: int | None) -> list[list[int]]:
@@ -87,30 +99,43 @@ def _batches(asked: Sequence[Question], batch_size: int, limit: int | None) -> l
     batches: list[list[int]] = []
     tokens = 0
     for i in sorted(range(len(asked)), key=lambda i: len(asked[i].prompt)):
-        tokens = max(tokens, asked[i].tokens)
+        tokens = max(tokens, len(asked[i].expected))
         full = not batches or len(batches[-1]) == batch_size
         if full or (limit is not None and len(asked[i].prompt) + tokens + _SPARE_TOKENS > limit):
             batches.append([])
-            tokens = asked[i].tokens
+            tokens = len(asked[i].expected)
         batches[-1].append(i)
     return batches
 
 
-def _batch(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]:
+def _batch(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[Answered]:
     length = max(len(question.prompt) for question in asked)
-    ids = torch.full((len(asked), length), tokenizer.pad_token_id)
+    # What stands before a shorter prompt is masked, so any token does.
+    ids = torch.full((len(asked), length), tokenizer.pad_token_id or 0)
     mask = torch.zeros_like(ids)
     for row, question in enumerate(asked):
         ids[row, length - len(question.prompt) :] = torch.tensor(question.prompt)
         mask[row, length - len(question.prompt) :] = 1
+    ends = end_tokens(model, tokenizer)
     config = GenerationConfig(
-        max_new_tokens=max(question.tokens for question in asked) + _SPARE_TOKENS,
+        max_new_tokens=max(len(question.expected) for question in asked) + _SPARE_TOKENS,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=end_tokens(model, tokenizer),
+        eos_token_id=ends or None,
     )
     ids, mask = ids.to(place_of(model)), mask.to(place_of(model))
     with generating_by(model, config):
         refuse = LogitsProcessorList([RefuseNaN()])
         tokens = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=refuse)
-    return [text.strip() for text in tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)]
+    given = tokens[:, length:].tolist()
+    return [
+        Answered(_text(question.expected, tokenizer, ends), _text(answer, tokenizer, ends))
+        for question, answer in zip(asked, given, strict=True)
+    ]
+
+
+def _text(tokens: Sequence[int], tokenizer: Any, ends: Sequence[int]) -> str:
+    """Up to what ends it. Special tokens within stay: an answer may be one, and a tool call begins with one."""
+    own = list(takewhile(lambda token: token not in ends, tokens))
+    text: str = tokenizer.decode(own, skip_special_tokens=False)
+    return text.strip()

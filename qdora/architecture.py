@@ -15,12 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qdora.arithmetic import compute_dtype
-from qdora.bypassed import bypassed_paths
 from qdora.config import AdapterConfig
 from qdora.dora import FrozenLinear
 from qdora.errors import CheckpointError, ConfigError, reason, shown
-from qdora.experts import expand_experts, router_paths, stacks_left
-from qdora.inject import attach, linear_paths, linear_shape, make_lean
+from qdora.experts import expand_experts, stacks_left
+from qdora.inject import attach, left_alone, linear_paths, linear_shape, make_lean
 from qdora.loader import KeyNames, key_names
 from qdora.nf4 import NF4Weight
 from qdora.patterns import is_tame
@@ -82,6 +81,8 @@ class Linears:
     """Experts that are no linears and stay 16-bit, for their stacks are of a kind that is not known here."""
     ends: tuple[str, str] | None = None
     """The weights of input embedding and head by their names in the model."""
+    precise: tuple[str, ...] = ()
+    """Parts of the names of tensors that keep their dtype: what chooses among experts may differ in few bits."""
 
     def find(self, key: str) -> str | None:
         """The path of the linear whose weight is stored under this key; None if it is no linear's."""
@@ -91,6 +92,10 @@ class Linears:
     def named(self, name: str, known: Container[str]) -> str | None:
         """What a checkpoint calls `name` as the model calls it, if it is among the known names."""
         return next((candidate for candidate in self.names.candidates(name) if candidate in known), None)
+
+    def keeps_dtype(self, key: str) -> bool:
+        """Whether the tensor under this key is computed with as it lies there, whatever the model's dtype."""
+        return any(f".{part}." in f".{key}." for part in self.precise)
 
     def quantizes(self, path: str) -> bool:
         """Whether this linear becomes NF4."""
@@ -112,10 +117,11 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
     linears = {path: model.get_submodule(path) for path in linear_paths(model)}
     transposed = {path: isinstance(linear, Conv1D) for path, linear in linears.items()}
     shapes = {path: linear_shape(linear) for path, linear in linears.items()}
-    stays = (*heads, *router_paths(model), *bypassed_paths(model), *skip_modules)
+    stays = (*heads, *left_alone(model), *skip_modules)
     embeddings = [path for path, module in model.named_modules() if module is model.get_input_embeddings()]
     ends = (f"{embeddings[0]}.weight", f"{heads[0]}.weight") if embeddings and heads else None
-    return Linears(transposed, stays, shapes, key_names(model), tuple(stacks_left(model)), ends)
+    precise = tuple(sorted(model._keep_in_fp32_modules_strict or ()))
+    return Linears(transposed, stays, shapes, key_names(model), tuple(stacks_left(model)), ends, precise)
 
 
 def hollow_model(
@@ -214,7 +220,7 @@ def _check_config(content: dict[str, Any]) -> None:
     for name, value in content.items():
         if isinstance(value, dict):
             _check_config(value)
-        elif "layer" in str(name) and isinstance(value, int) and value > _MOST_LAYERS:
+        elif str(name).endswith(("layer", "layers")) and isinstance(value, int) and value > _MOST_LAYERS:
             raise ValueError(f"{name} is {shown(value)}, and no model has more than {_MOST_LAYERS:,}")
     for pattern in content.get("llm_int8_skip_modules") or ():
         if not is_tame(pattern):

@@ -60,6 +60,11 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
             run, training = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError(f"these training flags do not fit together: {str(error).splitlines()[0]}") from None
+    if not _is_given("per_device_eval_batch_size", flags):
+        # Rows without gradients take less than as many that train: what fits a step fits an evaluation.
+        training.per_device_eval_batch_size = min(
+            training.per_device_eval_batch_size, training.per_device_train_batch_size
+        )
     if "perplexity" in str(training.metric_for_best_model) and not _is_given("greater_is_better", flags):
         training.greater_is_better = False
     rates(run, training)
@@ -79,12 +84,14 @@ def _evaluation_defaults(flags: Sequence[str]) -> dict[str, Any]:
     if strategy == "no" or any(_is_given(name, flags) for name in ("save_strategy", "save_steps")):
         return defaults
     defaults |= {"save_strategy": strategy, "load_best_model_at_end": True}
-    if _is_given("eval_steps", flags):
-        steps = str(_value_of("eval_steps", flags))
+    # Without its own, evaluation takes the steps of logging.
+    name = next((name for name in ("eval_steps", "logging_steps") if _is_given(name, flags)), None)
+    if strategy == "steps" and name is not None:
+        steps = str(_value_of(name, flags))
         try:
             defaults["save_steps"] = float(steps)
         except ValueError:
-            raise ConfigError(f"--eval_steps must be a number, found {steps!r}") from None
+            raise ConfigError(f"--{name} must be a number, found {steps!r}") from None
     return defaults
 
 

@@ -74,9 +74,9 @@ def build_trainer(
 def _callbacks(training: Any, run: RunArguments, request: StopRequest) -> list[Any]:
     from transformers import EarlyStoppingCallback
 
-    from qdora.callbacks import KeepInputsOnHost, MeasureTheEnd, StopWhenAsked
+    from qdora.callbacks import KeepInputsOnHost, MeasureTheEnd, SaveAfterEpoch, StopWhenAsked
 
-    callbacks: list[Any] = [MovementWatch()]
+    callbacks: list[Any] = [MovementWatch(), SaveAfterEpoch()]
     if run.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run.early_stopping_patience, run.early_stopping_threshold))
     if training.load_best_model_at_end and training.eval_strategy == "steps":
@@ -92,6 +92,7 @@ def _settle(training: Any) -> None:
     training.dataloader_pin_memory &= training.device.type != "cpu"
     training.activation_offloading = False  # TRL would offload whatever is saved
     training.save_total_limit = None
+    training.assistant_only_loss = False  # as it is here without being asked for
     settle_packing(training)
     if getattr(training, "router_aux_loss_coef", 0.0) is None:
         # Newer TRL balances a mixture's experts by default, for which all logits must be there; but routers are frozen.

@@ -11,7 +11,7 @@ from qdora.numerics import FiniteGuard
 from qdora.offload import HostInputs
 from qdora.signals import Stopped, StopRequest
 
-__all__ = ["KeepInputsOnHost", "MeasureTheEnd", "StopWhenAsked", "TellWhereItBegins"]
+__all__ = ["KeepInputsOnHost", "MeasureTheEnd", "SaveAfterEpoch", "StopWhenAsked", "TellWhereItBegins"]
 
 
 class TellWhereItBegins(TrainerCallback):
@@ -30,6 +30,24 @@ class MeasureTheEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
+
+
+class SaveAfterEpoch(TrainerCallback):
+    """Lets a checkpoint that is due after an epoch's last step wait for the evaluation that is due then.
+
+    What goes on from a checkpoint goes on with the next epoch: it would never make up for that evaluation, nor draw
+    what it draws.
+    """
+
+    _waits = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save and args.eval_strategy == "epoch" and float(state.epoch).is_integer():
+            control.should_save, self._waits = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._waits:
+            control.should_save, self._waits = True, False
 
 
 class StopWhenAsked(TrainerCallback):

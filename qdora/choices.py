@@ -35,7 +35,8 @@ class Accuracy:
 
     by_likelihood: float
     by_character: float
-    """Of the likelihoods divided by the answers' lengths in characters, which does not favour short answers."""
+    """Of the likelihoods divided by the answers' lengths in characters, which does not favour short answers. The token
+    that ends an answer counts among its likelihoods; lm-eval's `acc_norm` leaves it out."""
     questions: int
 
 
@@ -46,6 +47,8 @@ def choice_rows(rows: Sequence[Row], source: str | Path, words: Sequence[str] = 
         DataError: a row's answer is not one of its choices, or does not hold exactly one of the words.
     """
     layout = recognize(rows, source)
+    if len(words) == 1:
+        raise DataError(f"one word, {words[0]!r}, leaves nothing to choose; give two or more")
     if not words and "choices" not in rows[0]:
         return []
     found = []
@@ -60,13 +63,13 @@ def choice_rows(rows: Sequence[Row], source: str | Path, words: Sequence[str] = 
 def accuracy(choices: Sequence[Choice], likelihoods: Sequence[Sequence[float]]) -> Accuracy:
     """
     Args:
-        likelihoods: Σ log p of each choice of each question.
+        likelihoods: Σ log p of each choice of each question, with the token that ends it.
     """
     plain = by_character = 0
     for choice, scores in zip(choices, likelihoods, strict=True):
         indices = range(len(scores))
         plain += max(indices, key=lambda i: scores[i]) == choice.correct
-        by_character += max(indices, key=lambda i: scores[i] / max(1, len(choice.texts[i]))) == choice.correct
+        by_character += max(indices, key=lambda i: scores[i] / max(1, len(choice.texts[i].strip()))) == choice.correct
     return Accuracy(plain / len(choices), by_character / len(choices), len(choices))
 
 
@@ -86,4 +89,6 @@ def _from_column(answer: str, row: Row, where: str) -> tuple[list[str], int]:
     matches = [i for i, text in enumerate(texts) if text.strip() == answer.strip()]
     if len(matches) != 1:
         raise DataError(f"{where}: the answer {answer!r} is {len(matches)} times among the choices, not once")
-    return list(texts), matches[0]
+    # With the answer's own white space, for so the model has learned it.
+    lead, trail = answer[: len(answer) - len(answer.lstrip())], answer[len(answer.rstrip()) :]
+    return [lead + text.strip() + trail for text in texts], matches[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from qdora.flags import RunArguments
 from qdora.packing import splits_rows
 from qdora.rows import Row, held_out, read_rows
 
-__all__ = ["Corpus", "load_corpus", "use_chat_template"]
+__all__ = ["Corpus", "load_corpus"]
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,10 @@ def load_corpus(run: RunArguments, training: Any, tokenizer: Any) -> Corpus:
     Raises:
         DataError: unreadable, malformed, or nothing to learn from.
     """
-    rows = read_rows(run.dataset, run.dataset_split)
+    rows = read_rows(run.dataset, run.dataset_split, run.dataset_config)
     numbers, eval_rows, eval_numbers, name = list(range(1, len(rows) + 1)), None, None, run.eval_dataset
     if run.eval_dataset:
-        eval_rows = read_rows(run.eval_dataset, run.eval_dataset_split)
+        eval_rows = read_rows(run.eval_dataset, run.eval_dataset_split, run.eval_dataset_config)
     elif run.validation_split_percentage:
         kept_back = held_out(len(rows), run.validation_split_percentage, training.seed)
         name, eval_rows, eval_numbers = run.dataset, [rows[i] for i in kept_back], [i + 1 for i in kept_back]
@@ -70,7 +69,7 @@ def load_corpus(run: RunArguments, training: Any, tokenizer: Any) -> Corpus:
 
 def _questions(rows: list[Row], source: str, tokenizer: Any, limit: int | None) -> list[Question]:
     """Whole, whatever `max_length` is, for an answer that was cut can never be matched; but what the model takes."""
-    found = questions(encode(rows, tokenizer, None, source), tokenizer)
+    found = questions(encode(rows, tokenizer, None, source))
     if not found:
         raise DataError(f"{source} has no questions with answers to match; leave out --eval_exact_match")
     fitting = answerable(found, limit)
@@ -98,18 +97,3 @@ def _load_data(
     )
     say(f"{'to evaluate on, ' if evaluation else ''}{source}: {encoded}")
     return encoded
-
-
-def use_chat_template(tokenizer: Any, training: Any) -> None:
-    """Let a Jinja file be the tokenizer's template, if `--chat_template_path` names one.
-
-    Raises:
-        DataError: it does not exist.
-    """
-    if training.chat_template_path is None:
-        return
-    path = Path(training.chat_template_path)
-    if not path.is_file():
-        raise DataError(f"no chat template at {path}: name a Jinja file")
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
-    training.chat_template_path = None  # TRL would read it once more

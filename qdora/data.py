@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora.errors import DataError
-from qdora.layouts import Rendered, recognize, render
+from qdora.layouts import OwnTokens, Rendered, recognize, render
 from qdora.loss import IGNORED
 from qdora.rows import Row
 
@@ -113,11 +113,11 @@ def encode(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("the tokenizer has no fast version, and answers are found by its offsets")
-    data = EncodedData([], [], recognize(rows, source))
+    data, own = EncodedData([], [], recognize(rows, source)), OwnTokens.of(tokenizer)
     for number, row in zip(numbers or range(1, len(rows) + 1), progress(rows), strict=True):
-        rendered = render(row, number, data.layout, tokenizer, source, loss_on_all)
-        ids, has_loss = _tokenize(rendered, tokenizer, loss_on_all)
-        is_open = rendered.whole and rendered.ends_in_answer and _is_open(ids, has_loss, tokenizer)
+        rendered = render(row, number, data.layout, tokenizer, source, loss_on_all, own)
+        ids, has_loss = _tokenize(rendered, tokenizer, loss_on_all, own)
+        is_open = rendered.whole and rendered.ends_in_answer and _is_open(ids, has_loss, tokenizer, own)
         if is_open:
             ids, has_loss = _closed(ids, has_loss, tokenizer)
         length = len(ids) if max_length is None else min(max_length, len(ids))
@@ -139,16 +139,23 @@ def encode(
     return data
 
 
-def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool) -> tuple[list[int], list[bool]]:
+def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool, own: OwnTokens) -> tuple[list[int], list[bool]]:
     # Text that was made for this tokenizer by hand or by a template may begin with its BOS, of which one is enough.
     begun = tokenizer.bos_token is not None and rendered.text.startswith(tokenizer.bos_token)
     encoding = tokenizer(rendered.text, add_special_tokens=not (rendered.whole or begun), return_offsets_mapping=True)
     ids = list(encoding["input_ids"])
-    offsets = encoding["offset_mapping"]
+    offsets: list[tuple[int, int]] = encoding["offset_mapping"]
     if loss_on_all:
         has_loss = [True] * len(ids)
     else:
-        has_loss = [any(_reaches(start, end, *answer) for answer in rendered.answers) for start, end in offsets]
+        # A token of the tokenizer's own may swallow the space after it, and is still no part of what follows.
+        has_loss = [
+            any(
+                _reaches(place, answer) and not (token in own.ids and rendered.text[place[0] : answer[0]].strip())
+                for answer in rendered.answers
+            )
+            for token, place in zip(ids, offsets, strict=True)
+        ]
     if not rendered.whole and tokenizer.eos_token_id is not None:
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
@@ -157,17 +164,18 @@ def _tokenize(rendered: Rendered, tokenizer: Any, loss_on_all: bool) -> tuple[li
     return ids, has_loss
 
 
-def _reaches(start: int, end: int, first: int, last: int) -> bool:
+def _reaches(place: tuple[int, int], answer: tuple[int, int]) -> bool:
     """Whether a token lies in an answer. Some tokenizers give white space offsets of no length, (end, end)."""
+    (start, end), (first, last) = place, answer
     return first < end <= last if start == end else end > first and start < last
 
 
-def _is_open(ids: list[int], has_loss: list[bool], tokenizer: Any) -> bool:
+def _is_open(ids: list[int], has_loss: list[bool], tokenizer: Any, own: OwnTokens) -> bool:
     """Whether the last answer ends in words, so that nothing would teach a model to stop."""
     backwards = (token for token, loss in zip(reversed(ids), reversed(has_loss), strict=True) if loss)
     # Many templates write a line's end after the token that ends an answer.
     last = next((token for token in backwards if tokenizer.decode([token]).strip()), None)
-    return tokenizer.eos_token_id is not None and last is not None and last not in tokenizer.added_tokens_decoder
+    return tokenizer.eos_token_id is not None and last is not None and last not in own.ids
 
 
 def _closed(ids: list[int], has_loss: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:

@@ -7,7 +7,16 @@ from typing import Any
 
 from qdora.config import ALL_LINEAR
 
-__all__ = ["DEFAULTS", "OTHER_NAMES", "OWN_OPTIMIZERS", "PLAIN_LOSSES", "RunArguments", "loss_is_plain"]
+__all__ = [
+    "DEFAULTS",
+    "MEASURED_PLAINLY",
+    "OTHER_NAMES",
+    "OWN_OPTIMIZERS",
+    "PLAIN_LOSSES",
+    "RunArguments",
+    "has_perplexity",
+    "loss_is_plain",
+]
 
 # Where our defaults differ from SFTConfig's: an adapter learns faster than a whole model, bf16 is the model's own
 # dtype (so that autocast has nothing to do), and a loss that is not finite must be seen.
@@ -49,6 +58,8 @@ OTHER_NAMES = {
 OWN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # The likelihood alone. `chunked_nll` is what TRL called its own lean way before that became the plain one.
 PLAIN_LOSSES = ("nll", "chunked_nll")
+# What is measured by the likelihood. `dft` weighs tokens by their probability: it is small where a model is worst.
+MEASURED_PLAINLY = (*PLAIN_LOSSES, "dft")
 
 
 @dataclass
@@ -58,8 +69,12 @@ class RunArguments:
     model_name_or_path: str = field(metadata={"help": "an NF4 checkpoint, a 16-bit model directory or a Hub id"})
     dataset: str = field(metadata={"help": "a .jsonl, .json, .csv or .parquet file, or a data set on the Hub"})
     dataset_split: str = field(default="train", metadata={"help": "which split of a Hub data set"})
+    dataset_config: str | None = field(default=None, metadata={"help": "which config of a Hub data set"})
     eval_dataset: str | None = field(default=None, metadata={"help": "likewise, to evaluate on"})
     eval_dataset_split: str = field(default="test", metadata={"help": "which split of a Hub data set to evaluate on"})
+    eval_dataset_config: str | None = field(
+        default=None, metadata={"help": "which config of a Hub data set to evaluate on"}
+    )
     validation_split_percentage: float = field(
         default=0.0, metadata={"help": "take so much of the data to evaluate on, instead of --eval_dataset"}
     )
@@ -130,9 +145,14 @@ class RunArguments:
 
 
 def loss_is_plain(training: Any) -> bool:
-    """Whether the flags ask for the likelihood alone, which needs no logits as a whole and has a perplexity.
+    """Whether the flags ask for the likelihood alone, which needs no logits as a whole.
 
     `trainer` asks this of what TRL made of the flags, for TRL knows whether the model has experts to balance.
     """
+    return training.loss_type in PLAIN_LOSSES and has_perplexity(training)
+
+
+def has_perplexity(training: Any) -> bool:
+    """Whether evaluations measure the likelihood."""
     balances = getattr(training, "router_aux_loss_coef", None)
-    return training.loss_type in PLAIN_LOSSES and not training.label_smoothing_factor and not balances
+    return training.loss_type in MEASURED_PLAINLY and not training.label_smoothing_factor and not balances

@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from qdora.base import BaseWeight
-from qdora.bypassed import bypassed_paths
+from qdora.bypassed import bypassed_paths, shared_paths
 from qdora.config import AdapterConfig, is_named
 from qdora.dense import DenseWeight
 from qdora.dora import DoRALinear, FrozenLinear
@@ -33,6 +33,7 @@ __all__ = [
     "freeze_dense",
     "freeze_packed",
     "hold_outputs",
+    "left_alone",
     "linear_paths",
     "linear_shape",
     "make_lean",
@@ -45,15 +46,20 @@ _LINEAR_TOO = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of the linears that may carry an adapter: every one but the output head, what chooses among experts, and
-    those whose weight the model reads itself."""
-    head, others = _head_of(model), {*router_paths(model), *bypassed_paths(model)}
+    """Paths of the linears that may carry an adapter: every one but the output head and those that are `left_alone`."""
+    head, others = _head_of(model), {*left_alone(model)}
     whole = tuple(f"{path}." for path in trained_whole(model))
     return [
         path
         for path, module in model.named_modules()
         if _is_linear(module) and module is not head and path not in others and not path.startswith(whole)
     ]
+
+
+def left_alone(model: nn.Module) -> list[str]:
+    """Paths of linears that stay as they are: they choose among experts, the model reads their weight itself, or they
+    share it."""
+    return [*router_paths(model), *bypassed_paths(model), *shared_paths(model)]
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:

@@ -14,40 +14,41 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qdora.chats import (
+    ALPACA,
+    CHAT,
+    PAIR,
+    SHAREGPT,
+    TEXT,
+    is_learned,
+    messages_of,
+    settings_of,
+    text_of,
+    tools_of,
+    turns_of,
+)
 from qdora.errors import DataError, reason, shown
-from qdora.rows import Row, holds_half_a_pair, parse_json
+from qdora.rows import Row, holds_half_a_pair
 from qdora.templates import render as render_template
 from qdora.toolcalls import calls_that_fit, check_calls, leaves_tools_out
 
-__all__ = ["Rendered", "last_answer", "recognize", "render", "with_last_answer"]
+__all__ = ["OwnTokens", "Rendered", "last_answer", "recognize", "render", "with_last_answer"]
 
-_CHAT, _SHAREGPT, _ALPACA, _PAIR, _TEXT = "messages", "sharegpt", "alpaca", "prompt/completion", "text"
 _COLUMNS = {
-    _CHAT: ("messages",),
-    _SHAREGPT: ("conversations",),
-    _PAIR: ("prompt", "completion"),
-    _ALPACA: ("instruction", "output"),
-    _TEXT: ("text",),
+    CHAT: ("messages",),
+    SHAREGPT: ("conversations",),
+    PAIR: ("prompt", "completion"),
+    ALPACA: ("instruction", "output"),
+    TEXT: ("text",),
 }
 # Where a chat's turns stand: column, and each turn's keys for speaker and words.
 _TURNS = {
-    _CHAT: ("messages", "role", "content"),
-    _SHAREGPT: ("conversations", "from", "value"),
-    _PAIR: ("completion", "role", "content"),
-}
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
+    CHAT: ("messages", "role", "content"),
+    SHAREGPT: ("conversations", "from", "value"),
+    PAIR: ("completion", "role", "content"),
 }
 
 
@@ -69,6 +70,25 @@ class Rendered:
     """Whether the row has tools for which the chat template has no place."""
 
 
+@dataclass(frozen=True)
+class OwnTokens:
+    """The tokenizer's own tokens, such as those that begin and end a turn. Some have thousands: looked up once."""
+
+    ids: frozenset[int]
+    pattern: re.Pattern[str]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> OwnTokens:
+        """Those of a tokenizer, as it is now."""
+        found = tokenizer.added_tokens_decoder
+        texts = sorted({str(token) for token in found.values()} - {""}, key=len, reverse=True)
+        return cls(frozenset(found), re.compile("|".join(map(re.escape, texts)) or r"(?!)"))
+
+    def has_words(self, text: str) -> bool:
+        """Whether there is anything in it but those."""
+        return bool(self.pattern.sub("", text).strip())
+
+
 def recognize(rows: Sequence[Row], source: str | Path) -> str:
     """The layout of the data, by the columns of its first row.
 
@@ -85,23 +105,33 @@ def recognize(rows: Sequence[Row], source: str | Path) -> str:
 
 
 def render(
-    row: Row, number: int, layout: str, tokenizer: Any, source: str | Path, loss_on_all: bool = False
+    row: Row,
+    number: int,
+    layout: str,
+    tokenizer: Any,
+    source: str | Path,
+    loss_on_all: bool = False,
+    own: OwnTokens | None = None,
 ) -> Rendered:
     """One row as text, with its answers marked; with `loss_on_all`, as one answer.
+
+    Args:
+        own: the tokenizer's, if they are known.
 
     Raises:
         DataError: a field is missing or of the wrong type; the row is named by its number.
     """
     where = f"{source}, row {number}"
-    if layout == _TEXT:
-        text = _text(row, "text", where)
+    if layout == TEXT:
+        text = text_of(row, "text", where)
         return Rendered(text, ((0, len(text)),), whole=False)
-    if layout == _PAIR and not isinstance(row.get("prompt"), list):
-        prompt, completion = _text(row, "prompt", where), _text(row, "completion", where)
+    if layout == PAIR and not isinstance(row.get("prompt"), list):
+        prompt, completion = text_of(row, "prompt", where), text_of(row, "completion", where)
         begin = 0 if loss_on_all else len(prompt)
         return Rendered(prompt + completion, ((begin, len(prompt) + len(completion)),), whole=False)
-    messages, first_answer = _chat_of(row, layout, where)
-    template = _Template(tokenizer, _tools(row, where), where)
+    messages, first_answer = messages_of(row, layout, where)
+    own = own or OwnTokens.of(tokenizer)
+    template = _Template(tokenizer, own, tools_of(row, where), settings_of(row, where), where)
     messages = calls_that_fit(messages, template.tools, template.render)
     check_calls(messages, template.tools, template.render, where)
     if loss_on_all:
@@ -118,14 +148,14 @@ def last_answer(row: Row, layout: str, where: str) -> str:
     Raises:
         DataError: plain text has no answers, or a chat ends with another's turn.
     """
-    if layout == _TEXT:
+    if layout == TEXT:
         raise DataError(f"{where}: plain text has no question and no answer")
-    if layout == _ALPACA:
-        return _text(row, "output", where)
-    if layout == _PAIR and not isinstance(row.get("completion"), list):
-        return _text(row, "completion", where)
+    if layout == ALPACA:
+        return text_of(row, "output", where)
+    if layout == PAIR and not isinstance(row.get("completion"), list):
+        return text_of(row, "completion", where)
     column, role_key, content_key = _TURNS[layout]
-    turns = _messages(row, column, role_key, content_key, where)
+    turns = turns_of(row, column, role_key, content_key, where)
     if turns[-1]["role"] != "assistant":
         raise DataError(f"{where}: the chat does not end with an answer")
     answer: str = turns[-1]["content"]
@@ -134,9 +164,9 @@ def last_answer(row: Row, layout: str, where: str) -> str:
 
 def with_last_answer(row: Row, layout: str, answer: str) -> Row:
     """The row with another text as its last answer; `last_answer` must have found one."""
-    if layout == _ALPACA:
+    if layout == ALPACA:
         return {**row, "output": answer}
-    if layout == _PAIR and not isinstance(row["completion"], list):
+    if layout == PAIR and not isinstance(row["completion"], list):
         return {**row, "completion": answer}
     column, _, content_key = _TURNS[layout]
     return {**row, column: [*row[column][:-1], {**row[column][-1], content_key: answer}]}
@@ -145,13 +175,15 @@ def with_last_answer(row: Row, layout: str, answer: str) -> Row:
 class _Template:
     """A tokenizer's chat template over some tools, with errors that name the row."""
 
-    def __init__(self, tokenizer: Any, tools: list[Any] | None, where: str) -> None:
+    def __init__(
+        self, tokenizer: Any, own: OwnTokens, tools: list[Any] | None, settings: dict[str, Any], where: str
+    ) -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 f"{where}: a chat, but the model's tokenizer has no chat template; give one with --chat_template_path, "
                 "or use the prompt/completion or text layout"
             )
-        self.tokenizer, self.tools, self.where = tokenizer, tools, where
+        self.tokenizer, self.own, self.tools, self.settings, self.where = tokenizer, own, tools, settings, where
 
     def __call__(self, messages: list[Row], ask: bool = False) -> str:
         return self.render(messages, self.tools, ask)
@@ -159,39 +191,13 @@ class _Template:
     def render(self, messages: list[Row], tools: list[Any] | None, ask: bool = False) -> str:
         """With other tools, or without."""
         try:
-            text = render_template(self.tokenizer, messages, tools, ask)
+            text = render_template(self.tokenizer, messages, tools, ask, self.settings)
         except Exception as error:
             # jinja raises its own errors, and templates raise what they like
             raise DataError(f"{self.where}: the chat template refuses this chat: {reason(error)}") from None
         if holds_half_a_pair(text):
             raise DataError(f"{self.where}: the chat holds half of a surrogate pair, which is no character")
         return text
-
-    @cached_property
-    def marks(self) -> re.Pattern[str]:
-        """The tokenizer's own tokens, such as those that begin and end a turn."""
-        tokens = {str(token) for token in self.tokenizer.added_tokens_decoder.values()} - {""}
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
-
-    def has_words(self, text: str) -> bool:
-        """Whether there is anything in it but those."""
-        return bool(self.marks.sub("", text).strip())
-
-
-def _chat_of(row: Row, layout: str, where: str) -> tuple[list[Row], int]:
-    """A row's messages, and which of them is the first that may be an answer to learn."""
-    if layout == _PAIR:
-        prompt = _messages(row, "prompt", "role", "content", where)
-        return [*prompt, *_messages(row, "completion", "role", "content", where)], len(prompt)
-    if layout == _ALPACA:
-        question = _text(row, "instruction", where)
-        if row.get("input"):
-            question += "\n\n" + _text(row, "input", where)
-        answer = _text(row, "output", where)
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], 0
-    if layout == _SHAREGPT:
-        return _messages(row, "conversations", "from", "value", where), 0
-    return _messages(row, "messages", "role", "content", where), 0
 
 
 def _mark_answers(messages: list[Row], first_answer: int, template: _Template, where: str) -> Rendered:
@@ -203,18 +209,18 @@ def _mark_answers(messages: list[Row], first_answer: int, template: _Template, w
     text = template(messages)
     spans, hidden = [], 0
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i < first_answer:
+        if not is_learned(message) or i < first_answer:
             continue
         if i == 0:
             hidden += 1  # what comes before it is the template's own, and many refuse to render that alone
             continue
         before, after = template(messages[:i], ask=True), template(messages[: i + 1])
         words = message["content"].strip()
-        end = _shared_end(text, before, after, words, template.marks)
+        end = _shared_end(text, before, after, words, template.own.pattern)
         if end is not None:
             answer = text[len(before) : end]
             # An answer may be all tokens of the tokenizer's own; then it stands there as it is.
-            if words not in answer and template.has_words(words) and not template.has_words(answer):
+            if words not in answer and template.own.has_words(words) and not template.own.has_words(answer):
                 raise DataError(
                     f"{where}: the chat template leaves the answer's words out; give another with --chat_template_path"
                 )
@@ -255,49 +261,3 @@ def _shared_end(text: str, before: str, after: str, words: str, marks: re.Patter
     if marks.search(after, found + len(words), end) is None and (mark := marks.match(text, end)) is not None:
         return mark.end()
     return len(text[:end].rstrip())
-
-
-def _tools(row: Row, where: str) -> list[Any] | None:
-    """The functions that the model may call, as the template wants them: a list of JSON schemas."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = parse_json(tools, f"{where}, tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise DataError(f"{where}: the field 'tools' must be a list, found {type(tools).__name__}")
-    return tools
-
-
-def _text(row: Row, column: str, where: str) -> str:
-    value = row.get(column)
-    if value is None:
-        raise DataError(f"{where}: the field {column!r} is missing")
-    if not isinstance(value, str):
-        raise DataError(f"{where}: the field {column!r} must be text, found {type(value).__name__}")
-    if holds_half_a_pair(value):
-        raise DataError(f"{where}: the field {column!r} holds half of a surrogate pair, which is no character")
-    return value
-
-
-def _messages(row: Row, column: str, role_key: str, content_key: str, where: str) -> list[Row]:
-    turns = row.get(column)
-    if turns is None:
-        raise DataError(f"{where}: the field {column!r} is missing")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f"{where}: {column!r} must be a list of messages, each with {role_key!r} and {content_key!r}")
-    return [_message(turn, role_key, content_key, where) for turn in turns]
-
-
-def _message(turn: Row, role_key: str, content_key: str, where: str) -> Row:
-    """One turn by the names that templates know; what else it has (tool_calls, name, …) stays."""
-    role = _text(turn, role_key, where)
-    if role_key == "from":
-        if role not in _SHAREGPT_ROLES:
-            raise DataError(f"{where}: unknown speaker {role!r}; known are {', '.join(_SHAREGPT_ROLES)}")
-        role = _SHAREGPT_ROLES[role]
-    others = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
-    if not others.get("tool_calls"):
-        others.pop("tool_calls", None)  # to some templates an empty list is a call
-    without_words = "tool_calls" in others and turn.get(content_key) is None
-    return {**others, "role": role, "content": "" if without_words else _text(turn, content_key, where)}

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -31,8 +30,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from qdora.base import BaseWeight
 from qdora.dense import DenseWeight
 from qdora.errors import CheckpointError
-from qdora.experts import STACKS, RoutedExperts, hollow_experts, router_paths
-from qdora.inject import make_plain
+from qdora.experts import STACKS, RoutedExperts, hollow_experts
+from qdora.inject import left_alone, make_plain
 from qdora.nf4 import NF4Weight
 from qdora.nf4format import quantize_nf4, states_by_weight
 from qdora.shards import ShardReader
@@ -40,7 +39,6 @@ from qdora.shards import ShardReader
 __all__ = [
     "KeyNames",
     "NF4Config",
-    "check_complete",
     "fill_experts",
     "key_names",
     "nf4_config",
@@ -80,9 +78,9 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         hollow_experts(model)
         make_plain(model)
-        routers = router_paths(model)
-        if routers and not self.pre_quantized:
-            self.quantization_config.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *routers]
+        stay = left_alone(model)
+        if stay and not self.pre_quantized:
+            self.quantization_config.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *stay]
         super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
 
     def get_quantize_ops(self) -> Bnb4bitQuantize:
@@ -118,24 +116,6 @@ def nf4_config(
     )
 
 
-def check_complete(found: dict[str, Any], path: str | Path) -> None:
-    """What is not in the checkpoint would have random values, and transformers only warns of it.
-
-    Args:
-        found: transformers' loading info.
-
-    Raises:
-        CheckpointError: weights are missing, or of other shapes.
-    """
-    missing, mismatched = sorted(map(str, found["missing_keys"])), sorted(map(str, found["mismatched_keys"]))
-    if missing or mismatched:
-        what = f"{len(missing)} weights are missing" if missing else f"{len(mismatched)} weights have another shape"
-        raise CheckpointError(
-            f"{path} does not hold the model of its config.json: {what}, first {(missing or mismatched)[0]}; "
-            "download or write it again"
-        )
-
-
 def take_off_marks(model: Any) -> None:
     """transformers' of a model in 4 bits, which are not true of one with our linears, in place."""
     for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method"):
@@ -165,8 +145,8 @@ class KeyNames:
 
 
 def key_names(model: Any) -> KeyNames:
-    """Of a model's family."""
-    mapping = get_checkpoint_conversion_mapping(getattr(model.config, "model_type", None)) or ()
+    """Of a model's family, and of those that it is made of."""
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
     return KeyNames(model.base_model_prefix, tuple(entry for entry in mapping if isinstance(entry, WeightRenaming)))
 
 

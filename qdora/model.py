@@ -22,12 +22,12 @@ from qdora.errors import CheckpointError, ConfigError, out_of_memory, reason
 from qdora.experts import expand_experts
 from qdora.inject import attach, freeze_packed, make_lean
 from qdora.kinship import ancestry_of
-from qdora.loader import NF4Config, check_complete, fill_experts, take_off_marks
+from qdora.loader import NF4Config, fill_experts, take_off_marks
 from qdora.offload import keep_embedding_on_host
 from qdora.saving import save_as_adapter
 from qdora.sharding import Sharding, attach_and_shard
 from qdora.shards import ShardReader
-from qdora.sources import local_model, quietly
+from qdora.sources import check_complete, local_model, quietly
 
 __all__ = ["load_model", "trainable_parameters"]
 

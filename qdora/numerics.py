@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,15 @@ from qdora.distributed import gathered, is_main, local, summed
 from qdora.errors import NumericsError
 from qdora.loss import IGNORED
 
-__all__ = ["LIMIT_IN_A_ROW", "FiniteGuard", "Source", "check_weights", "find_source", "first_bad_output"]
+__all__ = [
+    "LIMIT_IN_A_ROW",
+    "FiniteGuard",
+    "Source",
+    "check_weights",
+    "find_source",
+    "first_bad_output",
+    "refuse_evaluation",
+]
 
 LIMIT_IN_A_ROW = 5
 Batch = Mapping[str, Any]
@@ -281,3 +289,22 @@ def _set_random_state(states: Mapping[torch.device, Tensor]) -> None:
             torch.set_rng_state(state)
         else:
             torch.get_device_module(device).set_rng_state(state, device)
+
+
+def refuse_evaluation(model: nn.Module, step: int, again: Callable[[], Any]) -> NoReturn:
+    """Say that the loss of an evaluation is not finite, and where that begins.
+
+    Args:
+        again: measures it once more.
+
+    Raises:
+        NumericsError: always.
+    """
+    with first_bad_output(model) as outputs:
+        again()
+    places = [place for found in gathered(outputs[:1]) for place in found]
+    where = f", first in the output of {places[0]}" if places else ""
+    raise NumericsError(
+        f"the evaluation loss after step {step} is not finite{where}; lower --learning_rate, or with --dtype float16 "
+        "use bfloat16"
+    )

@@ -41,13 +41,16 @@ __all__ = [
 ]
 
 UNFINISHED = ".unfinished"
+# Directories in one that is a model's.
+_A_MODEL_HAS = ("additional_chat_templates", "__pycache__")
 
 
 def check_output(out: str | Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> Path:
     """The output path, if it may be written; called before any long work.
 
     Args:
-        overwrite: a model directory that is there may be replaced. Anything else never is.
+        overwrite: a model directory that is there may be replaced. Anything else never is, nor one that holds other
+            directories than a model's.
         inputs: what the work reads; `out` must be none of it, nor hold any of it.
 
     Raises:
@@ -56,15 +59,26 @@ def check_output(out: str | Path, overwrite: bool, inputs: Iterable[str | Path] 
     path = Path(out).resolve()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"the output {out} is a file; name a directory")
+    if path.is_mount():
+        raise ConfigError(f"{out} is where a disk is mounted, which cannot be renamed to; name a directory in it")
     for source in inputs:
         if path == Path(source).resolve() or path in Path(source).resolve().parents:
             raise ConfigError(f"the output {out} is or holds the input {source}; choose another directory")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise ConfigError(f"the output directory {out} is not empty; choose another or pass --overwrite")
-        if not (path / "config.json").is_file():
+        if not _is_model(path):
             raise ConfigError(f"{out} is no model directory, so --overwrite does not replace it; choose another")
+        if others := sorted(item.name for item in path.iterdir() if item.is_dir() and item.name not in _A_MODEL_HAS):
+            raise ConfigError(f"{out} holds {others[0]}/, so --overwrite does not replace it; choose another")
     return path
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 @contextmanager

@@ -102,6 +102,7 @@ def _evaluate() -> _Parser:
     parser.add_argument("--adapter", metavar="DIR", help="an adapter trained on MODEL")
     parser.add_argument("--merged", metavar="DIR", help="a merged model")
     parser.add_argument("--dataset_split", default="test", metavar="NAME", help="of a Hub data set [test]")
+    _add_data(parser)
     parser.add_argument("--max_rows", type=int, metavar="N", help="the first N rows alone")
     parser.add_argument("--exact_match", type=int, default=100, metavar="N", help="answer and compare N rows [100]")
     parser.add_argument(
@@ -151,6 +152,7 @@ def _init() -> _Parser:
     parser.add_argument("model", metavar="MODEL", help="an NF4 checkpoint, a 16-bit model or a Hub id")
     parser.add_argument("dataset", metavar="DATA", help="a .jsonl, .json, .csv or .parquet file, or a Hub data set")
     parser.add_argument("--memory", metavar="SIZE", help="find the fastest plan that fits in this, such as 8GB")
+    _add_data(parser)
     parser.add_argument("--out", default="qdora.yaml", metavar="FILE", help="the file to write [qdora.yaml]")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     parser.add_argument(
@@ -158,6 +160,11 @@ def _init() -> _Parser:
     )
     _add_trust(parser)
     return parser
+
+
+def _add_data(parser: _Parser) -> None:
+    parser.add_argument("--dataset_config", metavar="NAME", help="of a Hub data set that has several")
+    parser.add_argument("--chat_template_path", metavar="FILE", help="a Jinja file, instead of the tokenizer's")
 
 
 def _completion() -> _Parser:

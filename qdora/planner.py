@@ -59,6 +59,9 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
     """
     if training.max_length is None:
         raise ConfigError("--max_length is off: how long the rows may get must be known to reckon with them")
+    kinds = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # by transformers' release
+    if any((getattr(training, kind, None) or {}).get("every_n_layers", 1) != 1 for kind in kinds):
+        raise ConfigError("memory is reckoned with every layer recomputed; leave every_n_layers out")
     settled = replace(run, dtype=run.dtype or training_dtype(torch.device("cuda" if on_accelerator else "cpu")))
     return MemoryModel(
         lambda: hollow_of(settled, training),

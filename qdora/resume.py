@@ -40,6 +40,9 @@ _RECORD_FILE = "qdora_train.json"
 # Not settings of the training: where a run is, and how it and each of its processes were started.
 _NOT_RECORDED = ("output_dir", "run_name", "resume_from_checkpoint", "local_rank")
 _NOT_COMPARED = ("overwrite_output_dir",)
+# What an evaluation depends on, and the best one by it.
+_MEASURED_BY = ("metric_for_best_model", "eval_dataset", "eval_dataset_sha256", "validation_split_percentage")
+_ROWS_KEPT_BACK_BY = ("dataset", "dataset_sha256", "seed")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Start:
     """The checkpoint of another run that this one went on from."""
     began_at: int = 0
     """How many steps that had."""
+    measures_anew: bool = False
+    """Whether that run's evaluations were of other data or by another metric, so that none is comparable."""
 
     @property
     def trained(self) -> bool:
@@ -117,8 +122,19 @@ def _from(checkpoint: Path, settings: dict[str, Any], record: dict[str, Any] | N
     if record is not None and step > record.get("began_at", 0):
         return Start(settings, str(checkpoint), True, True, record.get("began_from"), record.get("began_at", 0))
     return Start(
-        settings, str(checkpoint), found=record is not None, began_from=str(checkpoint.resolve()), began_at=step
+        settings,
+        str(checkpoint),
+        found=record is not None,
+        began_from=str(checkpoint.resolve()),
+        began_at=step,
+        measures_anew=_measures_otherwise(_read_record(checkpoint.parent), settings),
     )
+
+
+def _measures_otherwise(record: dict[str, Any] | None, settings: dict[str, Any]) -> bool:
+    there = {} if record is None else record["settings"]
+    names = [*_MEASURED_BY, *(_ROWS_KEPT_BACK_BY if settings["validation_split_percentage"] else ())]
+    return any(there[name] != settings.get(name) for name in names if name in there)
 
 
 def _go_on(settings: dict[str, Any], output_dir: Path, record: dict[str, Any]) -> Start:

@@ -19,8 +19,11 @@ __all__ = ["Row", "held_out", "holds_half_a_pair", "parse_json", "read_rows"]
 Row = dict[str, Any]
 
 
-def read_rows(source: str | Path, split: str = "train") -> list[Row]:
+def read_rows(source: str | Path, split: str = "train", config: str | None = None) -> list[Row]:
     """The rows of a data file (.jsonl, .json, .csv, .parquet) or of a Hub data set's split.
+
+    Args:
+        split, config: of a Hub data set.
 
     Raises:
         DataError: missing, unreadable, empty, or of another kind; a bad line is named by its number.
@@ -39,7 +42,7 @@ def read_rows(source: str | Path, split: str = "train") -> list[Row]:
     elif reader is not None or path.is_absolute() or str(source).startswith((".", "~")) or path.is_dir():
         raise DataError(f"no data file at {path}: name a {', '.join(_READERS)} file, or a data set on the Hub")
     else:
-        rows = _read_hub(str(source), split)
+        rows = _read_hub(str(source), split, config)
     if not rows:
         raise DataError(f"{source} has no rows")
     return rows
@@ -76,7 +79,7 @@ def holds_half_a_pair(text: str) -> bool:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 rows.append(_parse(line, f"{path}, line {number}"))
@@ -84,13 +87,21 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _read_json(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip()[:1] == "{":
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip()[:1] == "{" and not _is_one_object(text):
         return _read_jsonl(path)
     rows = parse_json(text, str(path))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} must be a JSON list of objects, one a row")
     return rows
+
+
+def _is_one_object(text: str) -> bool:
+    """Over several lines, that is: one alone is a row of JSON lines."""
+    try:
+        return "\n" in text.strip() and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse(line: str, where: str) -> Row:
@@ -134,15 +145,16 @@ def _pruned(value: Any) -> Any:
     return [_pruned(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _read_hub(name: str, split: str) -> list[Row]:
+def _read_hub(name: str, split: str, config: str | None) -> list[Row]:
     from datasets import load_dataset
 
     try:
-        return [_without_nulls(row) for row in load_dataset(name, split=split)]
+        return [_without_nulls(row) for row in load_dataset(name, config, split=split)]
     except Exception as error:
         # datasets raises a dozen kinds, from network errors to unknown splits
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise DataError(f"no data at {name}: not a file here, and the Hub gave none ({lines[0]})") from None
+        said = " ".join(str(error).split()) or type(error).__name__
+        advice = "; name one of its configs with --dataset_config" if "Config name is missing" in said else ""
+        raise DataError(f"no data at {name}: not a file here, and the Hub gave none ({said[:500]}){advice}") from None
 
 
 _READERS: dict[str, Callable[[Path], list[Row]]] = {

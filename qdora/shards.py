@@ -41,6 +41,8 @@ __all__ = [
 ]
 
 SINGLE_FILE = "model.safetensors"
+# Beginnings of the names of dtypes that are a code beside scales.
+_WITH_SCALES = ("F8", "F6", "F4")
 INDEX_FILE = "model.safetensors.index.json"
 _WINDOWS, _WINDOW_BYTES = 16, 4096
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
@@ -108,8 +110,12 @@ class ShardReader:
                     if key in self._file_of:
                         raise CheckpointError(f"{key!r} stands in both {self._file_of[key].name} and {path.name}")
                     part = file.get_slice(key)
+                    if (dtype := part.get_dtype()).startswith(_WITH_SCALES):
+                        raise CheckpointError(
+                            f"{path} holds {key!r} in {dtype}, whose scales nothing tells; take the 16-bit original"
+                        )
                     self._file_of[key] = path
-                    self._bytes_of[key] = math.prod(part.get_shape()) * _bytes_per_value(part.get_dtype())
+                    self._bytes_of[key] = math.prod(part.get_shape()) * _bytes_per_value(dtype)
             check_header(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
@@ -306,6 +312,6 @@ def format_bytes(count: float) -> str:
 
 
 def _bytes_per_value(dtype: str) -> int:
-    return {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}.get(
+    return {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}.get(
         dtype, 8 if dtype in ("I64", "U64", "F64") else 4
     )

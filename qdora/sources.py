@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -16,11 +17,24 @@ from qdora.errors import CheckpointError, reason
 from qdora.kinship import QUANTIZE_RECORD
 from qdora.shards import INDEX_FILE
 
-__all__ = ["copy_side_files", "find_gguf", "gguf_to_directory", "local_model", "quietly", "unusable"]
+__all__ = [
+    "MERGE_RECORD",
+    "check_complete",
+    "copy_side_files",
+    "find_gguf",
+    "gguf_to_directory",
+    "local_model",
+    "quietly",
+    "unusable",
+]
 
 _logger = logging.getLogger(__name__)
-_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
-_NOT_COPIED = (INDEX_FILE, "config.json", "adapter_config.json", "trainer_state.json", QUANTIZE_RECORD)
+_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
+MERGE_RECORD = "qdora_merge.json"
+_TEMPLATES = "additional_chat_templates"
+_NOT_COPIED = (INDEX_FILE, "config.json", "adapter_config.json", "trainer_state.json", QUANTIZE_RECORD, MERGE_RECORD)
+# The same weights once more, as their makers' own programs read them.
+_NOT_FETCHED = ("consolidated*.safetensors", "original/*")
 
 
 def local_model(path: str | Path) -> Path:
@@ -42,7 +56,11 @@ def local_model(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", *_SIDE_FILES]))
+        return Path(
+            snapshot_download(
+                str(path), allow_patterns=["*.safetensors", *_SIDE_FILES], ignore_patterns=list(_NOT_FETCHED)
+            )
+        )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"no model at {path}: not a directory here, and the Hub gave none ({reason(error)})"
@@ -53,17 +71,30 @@ def find_gguf(path: str | Path) -> Path | None:
     """The GGUF file that `path` is or, being a directory without a config, holds.
 
     Raises:
-        CheckpointError: the directory holds several.
+        CheckpointError: the directory holds several, or the file is a part of one.
     """
     candidate = Path(path)
     if candidate.suffix == ".gguf" and candidate.is_file():
+        _check_whole(candidate)
         return candidate
     if not candidate.is_dir() or (candidate / "config.json").is_file():
         return None
     files = sorted(candidate.glob("*.gguf"))
+    for file in files[:1]:
+        _check_whole(file)
     if len(files) > 1:
         raise CheckpointError(f"{path} holds {len(files)} GGUF files ({files[0].name}, …); name one of them")
     return files[0] if files else None
+
+
+def _check_whole(file: Path) -> None:
+    part = re.search(r"-(\d{5})-of-(\d{5})\.gguf$", file.name)
+    if part and int(part[2]) > 1:
+        joined = file.name[: part.start()] + ".gguf"
+        raise CheckpointError(
+            f"{file} is one of {int(part[2])} parts of a model; join them with llama.cpp's "
+            f"`llama-gguf-split --merge {file.name[: part.start()]}-00001-of-{part[2]}.gguf {joined}`"
+        )
 
 
 def gguf_to_directory(file: Path, directory: Path, dtype: torch.dtype, max_shard_size: int) -> None:
@@ -74,15 +105,41 @@ def gguf_to_directory(file: Path, directory: Path, dtype: torch.dtype, max_shard
     """
     try:
         with quietly():
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+            model, found = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
+                output_loading_info=True,
             )
+            check_complete(found, file, "header")
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model.save_pretrained(directory, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(directory)
+    except CheckpointError:
+        raise
     except Exception as error:
         # gguf and transformers raise IndexError, struct.error, KeyError and more on a damaged file
         raise CheckpointError(f"{file} cannot be read as GGUF: {reason(error)}") from None
+
+
+def check_complete(found: dict[str, Any], path: str | Path, described_by: str = "config.json") -> None:
+    """What is not in the checkpoint would have random values, and transformers only warns of it.
+
+    Args:
+        found: transformers' loading info.
+        described_by: what of it says which weights there must be.
+
+    Raises:
+        CheckpointError: weights are missing, or of other shapes.
+    """
+    missing, mismatched = sorted(map(str, found["missing_keys"])), sorted(map(str, found["mismatched_keys"]))
+    if missing or mismatched:
+        what = f"{len(missing)} weights are missing" if missing else f"{len(mismatched)} weights have another shape"
+        raise CheckpointError(
+            f"{path} does not hold the model of its {described_by}: {what}, first {(missing or mismatched)[0]}; "
+            "download or write it again"
+        )
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -91,6 +148,8 @@ def copy_side_files(source: Path, target: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if file.name not in _NOT_COPIED:
                 shutil.copyfile(file, target / file.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, target / _TEMPLATES, dirs_exist_ok=True)
 
 
 def unusable(path: str | Path, what: str, error: Exception) -> CheckpointError:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,12 +24,19 @@ _SECONDS = 5.0
 _BYTES = 2**29
 
 
-def render(tokenizer: Any, messages: Sequence[Any], tools: list[Any] | None = None, ask: bool = False) -> str:
+def render(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    tools: list[Any] | None = None,
+    ask: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
     """Messages as text, through the tokenizer's chat template.
 
     Args:
         tools: the functions that the model may call.
         ask: up to where an answer begins.
+        settings: variables of the template, such as `enable_thinking`.
 
     Raises:
         Exception: jinja raises its own errors, and templates raise what they like. Of ours: TimeoutError, MemoryError,
@@ -39,7 +46,7 @@ def render(tokenizer: Any, messages: Sequence[Any], tools: list[Any] | None = No
         raise ValueError("it raises numbers to powers, which no chat needs and which may never end")
     with _limited_time(), _limited_memory():
         text: str = tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=ask
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=ask, **(settings or {})
         )
         return text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qdora.errors import ConfigError
-from qdora.flags import RunArguments, loss_is_plain
+from qdora.flags import RunArguments, has_perplexity
 from qdora.nearest import did_you_mean
 from qdora.shards import parse_size
 
@@ -72,7 +72,7 @@ def _check_metric(run: RunArguments, training: Any) -> None:
     if metric == "exact_match" and not run.eval_exact_match:
         raise ConfigError("--metric_for_best_model exact_match needs --eval_exact_match, the number of rows to answer")
     # the perplexity of a loss that is no likelihood means nothing
-    known = ["loss", *["perplexity"] * loss_is_plain(training), "exact_match"]
+    known = ["loss", *["perplexity"] * has_perplexity(training), "exact_match"]
     if metric not in known:
         raise ConfigError(f"--metric_for_best_model must be one of {', '.join(known)}, found {metric!r}")
 

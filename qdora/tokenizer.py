@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qdora.errors import CheckpointError, shown
+from qdora.errors import CheckpointError, DataError, shown
 from qdora.sources import local_model, unusable
 
-__all__ = ["check_ids", "load_tokenizer", "tokenizer_of"]
+__all__ = ["adapter_tokenizer", "check_ids", "load_tokenizer", "tokenizer_of", "use_template"]
 
 
 def load_tokenizer(
@@ -44,16 +44,25 @@ def tokenizer_of(
 
     The adapter's, if it brings a chat template: training may have used another than the model's.
     """
-    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(Path(adapter), trust_remote_code=trust_remote_code)
-            tokenizer("a b")
-        except Exception as error:
-            # tokenizer files fail in as many ways as there are kinds of tokenizers
-            raise unusable(adapter, "tokenizer", error) from None
-        if tokenizer.chat_template:
-            return _padding(tokenizer), "the adapter"
-    return load_tokenizer(model, trust_remote_code), "the model"
+    own = None if adapter is None else adapter_tokenizer(adapter, trust_remote_code)
+    return (load_tokenizer(model, trust_remote_code), "the model") if own is None else (_padding(own), "the adapter")
+
+
+def adapter_tokenizer(adapter: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside an adapter, if it has a chat template: the adapter has learned to answer in that.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if not (Path(adapter) / "tokenizer_config.json").is_file():
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(Path(adapter), trust_remote_code=trust_remote_code)
+        tokenizer("a b")
+    except Exception as error:
+        # tokenizer files fail in as many ways as there are kinds of tokenizers
+        raise unusable(adapter, "tokenizer", error) from None
+    return tokenizer if tokenizer.chat_template else None
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -77,3 +86,20 @@ def check_ids(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]], whose: 
             f"the tokenizer of {whose} gives token {largest} ({token}), and the model has {embeddings} embeddings; "
             "use the tokenizer that belongs to the model"
         )
+
+
+def use_template(tokenizer: Any, file: str | Path | None) -> None:
+    """Let a Jinja file be the tokenizer's chat template, if one is named.
+
+    Raises:
+        DataError: it does not exist, or is no text.
+    """
+    if file is None:
+        return
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"no chat template at {path}: name a Jinja file")
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"the chat template {path} is not UTF-8 text; name a Jinja file") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,28 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from qdora.answers import Question, answer, count_matches
 from qdora.callbacks import TellWhereItBegins
 from qdora.checkpoint import load_adapter, save_adapter
-from qdora.distributed import gathered, whole
-from qdora.errors import ConfigError, NumericsError, reason
-from qdora.flags import PLAIN_LOSSES
-from qdora.groups import Rates, keep_settings, parameter_groups, rates_by_part
+from qdora.distributed import whole
+from qdora.errors import ConfigError, reason
+from qdora.flags import MEASURED_PLAINLY, PLAIN_LOSSES
+from qdora.groups import Rates, parameter_groups, rates_by_part
 from qdora.kept import STATE_FILE, checkpoint_of, clear_scratch, keep_newest, name_checkpoint, scratch_of
 from qdora.loss import CHUNK_BYTES, IGNORED
 from qdora.measure import score
-from qdora.numerics import FiniteGuard, check_weights, first_bad_output
+from qdora.numerics import FiniteGuard, check_weights, refuse_evaluation
 from qdora.output import whole_files, writing
 from qdora.packing import check_rows_apart
 from qdora.progress import Progress, Speedometer
+from qdora.sampling import EpochSeeded
 from qdora.scoring import ScoredModel
 from qdora.sharding import Sharding, shard_root
+from qdora.states import load_states, save_states
 
 __all__ = ["AdapterTrainer"]
 
@@ -71,6 +74,8 @@ class AdapterTrainer(SFTTrainer):
     ) -> None:
         self._sharding, self._rates, self._asked, self._keep = sharding, rates, list(asked), keep
         self._saving_to: Path | None = None
+        self.measures_anew = False
+        """Whether the best evaluation of the checkpoint to go on from is of other data or by another metric."""
         super().__init__(**settings)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -169,7 +174,7 @@ class AdapterTrainer(SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Loss a token over all rows, whatever batches they came in; perplexity; exact matches, if asked for."""
-        if self._other_loss():
+        if self._measures_otherwise():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -177,31 +182,22 @@ class AdapterTrainer(SFTTrainer):
                 output.metrics[f"{metric_key_prefix}_exact_match"] = self._exact_match()
             return output
         self.callback_handler.eval_dataloader = dataloader
+        self._average()
         entry = self._wrap_model(self.model, training=False)
         entry.eval()
         # Rows laid end to end come as one: none can be told from those that fill up the last batch.
         gather = self.accelerator.gather if self.padding_free else self.accelerator.gather_for_metrics
         with self.compute_loss_context_manager():
             tally = score(entry, self._prepared(dataloader), self._head_is_plain, gather)
-        self._check_evaluation(tally.loss, dataloader)
+        if not math.isfinite(tally.loss):
+            with self.compute_loss_context_manager():
+                again = partial(score, self._scored, map(self._prepare_inputs, dataloader), self._head_is_plain)
+                refuse_evaluation(self.model, self.state.global_step, again)
         metrics = {"loss": tally.loss, "perplexity": tally.perplexity}
         if self._asked:
             metrics["exact_match"] = self._exact_match()
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=tally.rows)
-
-    def _check_evaluation(self, loss: float, dataloader: Any) -> None:
-        """Stop at a loss that is not finite; where it begins is found by measuring once more."""
-        if math.isfinite(loss):
-            return
-        with first_bad_output(self.model) as outputs, self.compute_loss_context_manager():
-            score(self._scored, map(self._prepare_inputs, dataloader), self._head_is_plain)
-        places = [place for found in gathered(outputs[:1]) for place in found]
-        where = f", first in the output of {places[0]}" if places else ""
-        raise NumericsError(
-            f"the evaluation loss after step {self.state.global_step} is not finite{where}; lower --learning_rate, "
-            "or with --dtype float16 use bfloat16"
-        )
 
     def _prepared(self, dataloader: Any) -> Iterator[dict[str, Any]]:
         for batch in dataloader:
@@ -213,7 +209,7 @@ class AdapterTrainer(SFTTrainer):
         mine = self._asked[self.args.process_index :: self.args.world_size]
         with self.compute_loss_context_manager():
             answers = answer(self.model, self.processing_class, mine, self.args.per_device_eval_batch_size)
-        right = torch.tensor(count_matches(mine, answers), device=self.args.device)
+        right = torch.tensor(count_matches(answers), device=self.args.device)
         return float(self.accelerator.reduce(right, "sum")) / len(self._asked)
 
     @cached_property
@@ -221,10 +217,18 @@ class AdapterTrainer(SFTTrainer):
         return self._scored.head_is_plain()
 
     def _other_loss(self) -> bool:
+        return self._measures_otherwise() or self.args.loss_type not in PLAIN_LOSSES
+
+    def _measures_otherwise(self) -> bool:
+        """Whether evaluation takes the loss that trains, rather than the likelihood."""
         # `aux_loss_enabled` is newer than the oldest TRL that fits: the load balancing of mixtures of experts.
         balances = getattr(self, "aux_loss_enabled", False)
-        plain = self.args.loss_type in PLAIN_LOSSES
-        return self.label_smoother is not None or not plain or balances
+        return self.label_smoother is not None or self.args.loss_type not in MEASURED_PLAINLY or balances
+
+    def _average(self) -> None:
+        """Some optimizers (schedule-free ones) train at one point, and the model that they find is another."""
+        if self.optimizer is not None and hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -247,6 +251,7 @@ class AdapterTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
         is_checkpoint = directory != Path(self.args.output_dir)
+        self._average()
         check_weights(self.model)
         save_adapter(self.model, directory, exact_offsets=is_checkpoint, write=self.args.should_save)
         if self.args.should_save:
@@ -306,31 +311,33 @@ class AdapterTrainer(SFTTrainer):
             return
         state = self.optimizer.optimizer.whole_state_dict()  # out of accelerate's wrapper
         if self.args.should_save:
-            torch.save(state, Path(output_dir) / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            save_states(Path(output_dir), state, self.lr_scheduler)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The trainer's; with decay and betas as they are asked for now. A rate is the schedule's, and goes on."""
+        if checkpoint is None:
+            return
+        if self.measures_anew:
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         self.state.best_model_checkpoint = self._best_checkpoint()  # the trainer forgets one that moved
-        fresh = [dict(group) for group in self.optimizer.param_groups]
         try:
-            self._load_states(checkpoint)
-            keep_settings(self.optimizer.param_groups, fresh)
+            load_states(Path(checkpoint), self.state.global_step, self.optimizer, self.lr_scheduler)
         except ValueError as error:
             raise ConfigError(
                 f"{checkpoint} is of a run that trained otherwise, or of another release: {reason(error)}; keep its "
                 "--optim, --freeze and adapter's flags, or remove its optimizer.pt and pass --resume_from_checkpoint"
             ) from None
 
-    def _load_states(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.args.world_size == 1:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        # By way of the host: a shard's owner has no room for the whole, and transformers 5.17 asks torch for `cpu:1`.
-        files = [Path(checkpoint) / "optimizer.pt", Path(checkpoint) / "scheduler.pt"]
-        if all(map(Path.is_file, files)):
-            for file, owner in zip(files, (self.optimizer, self.lr_scheduler), strict=True):
-                owner.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    def _get_train_sampler(self, *given: Any, **named: Any) -> Any:
+        sampler = super()._get_train_sampler(*given, **named)
+        return EpochSeeded(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+
+    def get_eval_dataloader(self, *given: Any, **named: Any) -> Any:
+        """Over all rows: `--dataloader_drop_last` is about steps."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*given, **named)
+        finally:
+            self.args.dataloader_drop_last = drops
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

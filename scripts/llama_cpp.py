@@ -82,8 +82,9 @@ def by_transformers(merged: Path, rows: list[dict[str, Any]], source: str) -> li
     """The same by plain transformers, in fp32."""
     tokenizer = qdora.load_tokenizer(merged)
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    asked = questions(encode(rows, tokenizer, None, source), tokenizer)
-    return answer(model, tokenizer, asked, progress=lambda batches: tqdm(batches, desc="transformers", leave=False))
+    asked = questions(encode(rows, tokenizer, None, source))
+    answered = answer(model, tokenizer, asked, progress=lambda batches: tqdm(batches, desc="transformers", leave=False))
+    return [each.given for each in answered]
 
 
 def agreeing(some: list[str], others: list[str]) -> int:

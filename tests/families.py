@@ -43,6 +43,18 @@ HYBRIDS: dict[str, dict[str, Any]] = {  # whose mixers read a linear's weight th
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 16},
+    "zamba2": {  # one block in three places, which the files hold once
+        "mamba_d_state": 8,
+        "mamba_headdim": 32,
+        "n_mamba_heads": 4,
+        "mamba_ngroups": 1,
+        "chunk_size": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_key_value_heads": 4,
+        "num_mem_blocks": 1,
+        "adapter_rank": 8,
+    },
 }
 _ROUTED: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
 MIXTURES: dict[str, dict[str, Any]] = {
@@ -66,16 +78,35 @@ MIXTURES: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = DENSE | HYBRIDS | MIXTURES
+SEEING: dict[str, dict[str, Any]] = {  # whose files call the text model's modules otherwise
+    "gemma3": {
+        "text_config": {**_COMMON, "head_dim": 16, "sliding_window": 32},
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_index": 5,
+        "boi_token_index": 6,
+        "eoi_token_index": 7,
+    }
+}
 
 
 def make_family(name: str, directory: Path, **changes: Any) -> Path:
     """Write a model of this family (its `model_type`) with its tokenizer."""
     tokenizer = make_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    settings = {} if name == "gpt2" else _COMMON
-    config = AutoConfig.for_model(
-        name, **{**settings, "vocab_size": len(tokenizer), **ids, **FAMILIES[name], **changes}
-    )
+    common = {} if name == "gpt2" else _COMMON
+    settings = {**common, "vocab_size": len(tokenizer), **ids, **(FAMILIES | SEEING)[name], **changes}
+    if "text_config" in settings:
+        settings = {**settings, "text_config": {**settings["text_config"], "vocab_size": len(tokenizer), **ids}}
+    config = AutoConfig.for_model(name, **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     _draw(model)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import qdora
-from qdora.answers import Question, _batches, answer, answerable, count_matches, questions
+from qdora.answers import Answered, Question, _batches, answer, answerable, count_matches, questions
 from qdora.data import encode
 from tests.conftest import make_model, make_tokenizer
 
@@ -22,15 +23,15 @@ def chat(*turns: str) -> dict[str, object]:
 def test_the_last_answer_is_asked_for() -> None:
     tokenizer = make_tokenizer()
     data = encode([chat("12?", "12 apples", "30?", "30 dogs"), chat("1?", "one")], tokenizer, None)
-    first, second = questions(data, tokenizer)
-    assert (first.expected, second.expected) == ("30 dogs", "one")
+    first, second = questions(data)
+    assert tokenizer.decode(second.expected) == "one<|im_end|>"
     assert tokenizer.decode(first.prompt).endswith("<|im_start|>assistant\n")
-    assert first.tokens == len(tokenizer("30 dogs<|im_end|>").input_ids)
+    assert first.expected == tokenizer("30 dogs<|im_end|>").input_ids
 
 
 def test_plain_text_asks_nothing() -> None:
     tokenizer = make_tokenizer()
-    assert questions(encode([{"text": "The quick brown fox"}], tokenizer, None), tokenizer) == []
+    assert questions(encode([{"text": "The quick brown fox"}], tokenizer, None)) == []
 
 
 def test_batches_answer_as_single_rows_do(tmp_path: Path) -> None:
@@ -40,10 +41,10 @@ def test_batches_answer_as_single_rows_do(tmp_path: Path) -> None:
     model = qdora.load_model(directory, load_in_4bit=False, dtype="float32").train()
     tokenizer = qdora.load_tokenizer(directory)
     texts = ["The quick", "Question: How many apples are 12 and 30? Answer:", "count", "user and the assistant"]
-    asked = [Question(tokenizer(text).input_ids, "x", 6) for text in texts]
-    together = answer(model, tokenizer, asked, batch_size=3)
+    asked = [Question(tokenizer(text).input_ids, [9] * 6) for text in texts]
+    together = [each.given for each in answer(model, tokenizer, asked, batch_size=3)]
     assert model.training
-    assert together == [answer(model, tokenizer, [question])[0] for question in asked]
+    assert together == [answer(model, tokenizer, [question])[0].given for question in asked]
     ids = torch.tensor([asked[1].prompt])
     tokens = model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=14, do_sample=False)
     alone = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
@@ -52,11 +53,11 @@ def test_batches_answer_as_single_rows_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("answers", "right"), [(["a", "b"], 2), (["a", "B"], 1), (["", "b."], 0)])
 def test_matches(answers: list[str], right: int) -> None:
-    assert count_matches([Question([1, 2], "a", 1), Question([1, 2], "b", 1)], answers) == right
+    assert count_matches(map(Answered, ["a", "b"], answers)) == right
 
 
 def test_what_a_model_has_room_for_is_answered(tmp_path: Path) -> None:
-    fits, too_long = Question([1] * 80, "x", 8), Question([1] * 81, "x", 8)
+    fits, too_long = Question([1] * 80, [1] * 8), Question([1] * 81, [1] * 8)
     assert answerable([fits, too_long], 96) == [fits]
     assert answerable([fits, too_long], None) == [fits, too_long]
     model = qdora.load_model(make_model(tmp_path), load_in_4bit=False, dtype="float32")
@@ -65,11 +66,31 @@ def test_what_a_model_has_room_for_is_answered(tmp_path: Path) -> None:
 
 
 def test_a_batch_has_room_for_its_longest_answer() -> None:
-    asked = [Question([1] * length, "x", tokens) for length, tokens in ((2, 90), (70, 5), (73, 4), (100, 3), (3, 3))]
+    asked = [Question([1] * length, [1] * tokens) for length, tokens in ((2, 90), (70, 5), (73, 4), (100, 3), (3, 3))]
     batches = _batches(asked, 8, 128)
     assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
     for batch in batches:
-        longest, most = max(len(asked[i].prompt) for i in batch), max(asked[i].tokens for i in batch)
+        longest, most = max(len(asked[i].prompt) for i in batch), max(len(asked[i].expected) for i in batch)
         assert longest + most + 8 <= 128
     assert len(batches) == 2
     assert _batches(asked, 2, None) == [[0, 4], [1, 2], [3]]
+
+
+def test_an_answer_may_be_a_special_token(tmp_path: Path) -> None:
+    """Left out of both texts, any two of them would match."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<yes>", "<no>"], special_tokens=True)
+    model = qdora.load_model(make_model(tmp_path), load_in_4bit=False, dtype="float32")
+    model.resize_token_embeddings(len(tokenizer))
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<yes>", "<no>", "<|im_end|>")}
+    asked = questions(encode([chat("?", "<yes>"), chat("?", "<no>")], tokenizer, None))
+    says_no = iter([ids["<no>"], ids["<|im_end|>"]] * 2)
+
+    def only(*_: Any) -> torch.Tensor:
+        token = next(says_no)
+        return torch.full((1, 1, len(tokenizer)), -9.0).index_fill(2, torch.tensor([token]), 9.0)
+
+    model.lm_head.register_forward_hook(only)
+    answers = [answer(model, tokenizer, [question])[0] for question in asked]
+    assert answers == [Answered("<yes>", "<no>"), Answered("<no>", "<no>")]
+    assert count_matches(answers) == 1

@@ -55,3 +55,9 @@ def test_a_config_that_would_take_hours(
     (tmp_path / "config.json").write_text(json.dumps(merged))
     with pytest.raises(CheckpointError, match=message):
         model_linears(tmp_path)
+
+
+def test_a_number_that_counts_no_layers(tiny_nf4: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_nf4 / "config.json").read_text()) | {"vocab_size_per_layer_input": 262_144}  # Gemma 3n's
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert len(model_linears(tmp_path).shapes) == 14

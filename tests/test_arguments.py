@@ -140,3 +140,19 @@ def test_what_a_file_leaves_empty_is_the_default(tmp_path: Path) -> None:
 def test_a_split_of_zero_is_none() -> None:
     _, training = parse_train([*NEEDED, "--validation_split_percentage", "0"])
     assert training.eval_strategy.value == "no"
+
+
+def test_an_evaluation_takes_no_more_rows_at_once_than_a_step() -> None:
+    def rows(*flags: str) -> int:
+        size: int = parse_train([*NEEDED, *flags])[1].per_device_eval_batch_size
+        return size
+
+    assert rows("--per_device_train_batch_size", "2") == 2
+    assert rows("--per_device_train_batch_size", "32") == 8
+    assert rows("--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "16") == 16
+
+
+def test_what_is_measured_with_the_log_is_saved_with_it() -> None:
+    flags = ["--eval_dataset", "e", "--eval_strategy", "steps", "--logging_steps", "3"]
+    _, training = parse_train([*NEEDED, *flags])
+    assert (training.eval_steps, training.save_steps, training.load_best_model_at_end) == (3, 3, True)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qdora.bypassed import bypassed_paths
+from qdora.bypassed import bypassed_paths, shared_paths
 from qdora.inject import linear_paths
+from tests.families import FAMILIES
 
 
 class Mixer(nn.Module):
@@ -39,6 +40,19 @@ def test_what_the_code_of_a_module_reads() -> None:
     assert bypassed_paths(Mixer()) == ["outer"]
     # Its parent reads another one; how pretraining sliced weights does not count.
     assert bypassed_paths(Sliced()) == ["outer"]
+
+
+def test_linears_that_share_their_weight() -> None:
+    settings = {**FAMILIES["zamba2"], "hidden_size": 64, "intermediate_size": 64, "vocab_size": 99}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("zamba2", **settings, num_attention_heads=4))
+        tied = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", tie_word_embeddings=True))
+    shared = shared_paths(model)
+    assert {path.split(".")[2] for path in shared} == {"1", "3"}
+    assert {path.split(".")[3] for path in shared} == {"shared_transformer"}
+    assert not set(shared) & set(linear_paths(model))
+    assert shared_paths(tied) == []
+    assert shared_paths(Mixer()) == []
 
 
 def test_a_class_without_a_source() -> None:

@@ -18,7 +18,7 @@ def answers(rows: list[dict[str, Any]], column: str) -> list[Any]:
 
 def test_from_a_column() -> None:
     (choice,) = choice_rows([PAIR], "d")
-    assert (answers(choice.rows, "completion"), choice.correct) == (["3", " 4", "44"], 1)
+    assert (answers(choice.rows, "completion"), choice.correct) == ([" 3", " 4", " 44"], 1)  # as the answer begins
     assert choice_rows([{"prompt": "a", "completion": "b"}], "d") == []
 
 
@@ -67,8 +67,8 @@ def test_the_most_likely_is_the_model_s_choice() -> None:
     choices = choice_rows([PAIR, PAIR], "d")
     found = accuracy(choices, [[-2.0, -1.0, -3.0], [-1.0, -2.0, -1.5]])
     assert (found.by_likelihood, found.by_character, found.questions) == (0.5, 0.5, 2)
-    assert accuracy(choices, [[-1.5, -2.0, -9.0]] * 2).by_likelihood == 0
-    assert accuracy(choices, [[-1.5, -2.0, -9.0]] * 2).by_character == 1  # two characters share -2.0
+    assert accuracy(choices, [[-9.0, -1.5, -2.0]] * 2).by_likelihood == 1
+    assert accuracy(choices, [[-9.0, -1.5, -2.0]] * 2).by_character == 0  # two characters share -2.0
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,7 @@ def test_the_most_likely_is_the_model_s_choice() -> None:
         ({**PAIR, "choices": ["3"]}, [], "must be a list of at least two texts"),
         ({**PAIR, "choices": ["3", "5"]}, [], "is 0 times among the choices"),
         (PAIR, ["yes", "no"], "holds 0 of the choices yes, no"),
+        (PAIR, ["4"], "one word, '4', leaves nothing to choose"),
         ({**PAIR, "completion": "yes or no"}, ["yes", "no"], "holds 2 of the choices"),
         ({"messages": [{"role": "user", "content": "a"}], "choices": ["a", "b"]}, [], "does not end with an answer"),
     ],

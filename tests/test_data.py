@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import trl
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 
 from qdora.data import IGNORED, encode, marked
 from qdora.errors import DataError
@@ -311,3 +311,12 @@ def test_white_space_without_offsets_is_learned() -> None:
     code = "\ndef f(x):\n    if x:\n        return 1"
     assert learned({"prompt": "Write f.", "completion": code}, tokenizer) == f"{code}<|im_end|>"
     assert learned({"instruction": "Write f.", "output": code}, tokenizer) == f"{code}<|im_end|>"
+
+
+def test_a_token_that_swallows_the_space_after_it_is_no_answer(tokenizer: Any) -> None:
+    """Phi-3's `<|assistant|>` does; its offsets reach to the next word."""
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)])
+    row = {"prompt": "How many?<|assistant|>", "completion": " 42 apples"}
+    assert learned(row, tokenizer) == "42 apples<|im_end|>"
+    tokenizer.add_tokens([AddedToken("<yes>", lstrip=True, special=True)])
+    assert learned({"prompt": "How many?", "completion": " <yes>"}, tokenizer).strip() == "<yes><|im_end|>"

@@ -131,6 +131,30 @@ def test_choices_are_compared_by_their_own_words(tiny: Path, tmp_path: Path) -> 
             assert len(kept) < len(ids) / 4
 
 
+def test_what_precedes_a_choice_counts_for_all_of_them(tiny: Path, tmp_path: Path) -> None:
+    """Of one choice a token holds the space before it, of another the space is a token of the prompt."""
+    data, tokenizer = tmp_path / "a.jsonl", qdora.load_tokenizer(tiny)
+    row = {"prompt": "Answer: ", "completion": "one", "choices": ["one", "9"]}
+    data.write_text(json.dumps(row) + "\n")
+    ((variants),) = _choice_data(choice_rows(read_rows(data), data), tokenizer, None, data)
+    begins = {next(i for i, label in enumerate(labels) if label != -100) for labels in variants.labels}
+    assert len(begins) == 1
+    (first,) = begins
+    assert len({tuple(ids[:first]) for ids in variants.input_ids}) == 1
+
+
+def test_another_chat_template(tiny: Path, tmp_path: Path) -> None:
+    data, template = tmp_path / "a.jsonl", tmp_path / "t.jinja"
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "42 apples"}]
+    data.write_text((json.dumps({"messages": turns}) + "\n") * 2)
+    template.write_text("{% for message in messages %}{{ message.content }} {% endfor %}")
+    own, other = (run(tiny, data, exact_match_rows=0, chat_template_path=path) for path in (None, template))
+    assert own.data != other.data
+    template.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        run(tiny, data, chat_template_path=template)
+
+
 def test_a_model_whose_loss_is_not_finite_has_no_figures(tmp_path: Path, pairs_file: Path) -> None:
     model = spoil(make_model(tmp_path / "m"), "model.norm.weight", float("nan"))
     with pytest.raises(NumericsError, match="the loss of base is not finite"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, set_seed
 
 import qdora
@@ -17,7 +18,8 @@ from qdora.experts import RoutedExperts
 from qdora.inject import adapted_linears, linear_paths
 from qdora.nf4 import NF4Weight
 from qdora.shards import ShardReader
-from tests.families import FAMILIES, MIXTURES, make_family
+from tests.conftest import disturb
+from tests.families import FAMILIES, HYBRIDS, MIXTURES, SEEING, make_family
 from tests.test_train import adapter_tensors, quick
 
 IDS = torch.arange(3, 43)[None]
@@ -38,6 +40,7 @@ SHARE_IN_NF4 = {
     "falcon_h1": 0.61,
     "mamba": 0.39,
     "mamba2": 0.34,
+    "zamba2": 0.34,
     "mixtral": 0.81,
     "qwen2_moe": 0.74,
     "qwen3_moe": 0.74,
@@ -102,6 +105,42 @@ def test_linears_of_another_class_are_quantized_as_they_load(tmp_path: Path) -> 
         assert len(layers) == 8
         assert all(isinstance(layer.base, NF4Weight) for layer in layers)
     assert torch.equal(as_it_loads(IDS).logits, packed(IDS).logits)
+
+
+@pytest.mark.parametrize("name", [*HYBRIDS, *SEEING])
+def test_a_16_bit_model_is_its_nf4_checkpoint_when_it_loads(name: str, tmp_path: Path) -> None:
+    source, base, adapter = make_family(name, tmp_path / "source"), tmp_path / "base", tmp_path / "adapter"
+    qdora.quantize(source, base)
+    as_it_loads, packed = (qdora.load_model(path, dtype="float32") for path in (source, base))
+    assert torch.equal(as_it_loads(IDS).logits, packed(IDS).logits)
+    model = qdora.load_model(source, adapter=ADAPTER)
+    disturb(model)
+    qdora.save_adapter(model, adapter)
+    for start in (source, base):
+        report = qdora.merge(start, adapter, tmp_path / "merged", overwrite=True)
+        assert report.comparison is not None
+        assert report.comparison.kl_per_token < 1e-5
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.float16}
+
+
+def test_what_chooses_experts_keeps_its_bits(tmp_path: Path) -> None:
+    """With biases near 20 bf16 would make them all alike."""
+    source, base, adapter = make_family("deepseek_v3", tmp_path / "source"), tmp_path / "base", tmp_path / "adapter"
+    tensors = load_file(source / "model.safetensors")
+    (name,) = [key for key in tensors if key.endswith("e_score_correction_bias")]
+    tensors[name] = torch.tensor([20.038, 20.014, 20.020, 20.037])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    qdora.quantize(source, base)
+    as_it_loads, packed = (qdora.load_model(path, adapter=ADAPTER, dtype="float32") for path in (source, base))
+    assert torch.equal(as_it_loads(IDS).logits, packed(IDS).logits)
+    disturb(packed)
+    qdora.save_adapter(packed, adapter)
+    qdora.merge(base, adapter, tmp_path / "merged")
+    for directory in (base, tmp_path / "merged"):
+        assert torch.equal(ShardReader(directory).get(name), tensors[name])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(plain.get_parameter_or_buffer(name), tensors[name])
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])

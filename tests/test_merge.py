@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError, NumericsError
@@ -341,3 +341,14 @@ def test_the_bar_says_what_it_counts_and_goes(capsys: pytest.CaptureFixture[str]
     assert shown.startswith("\rmerge:   0%")
     assert "? tensors/s]" in shown
     assert "\n" not in shown
+
+
+def test_the_template_that_was_learned_goes_along(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    adapter, tokenizer = tmp_path / "adapter", make_tokenizer()
+    shutil.copytree(tiny_adapter, adapter)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}|{% endfor %}"
+    tokenizer.save_pretrained(adapter)
+    qdora.merge(tiny_nf4, adapter, tmp_path / "out", verify=False)
+    merged = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert merged.chat_template == tokenizer.chat_template
+    assert merged.get_vocab() == AutoTokenizer.from_pretrained(tiny_nf4).get_vocab()

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from qdora.errors import CheckpointError, ConfigError, OutputError
 from qdora.output import check_output, new_directory, replace_text, save_tensors, whole_files, write_json, writing
 
+MODEL = '{"model_type": "llama"}'
+
 
 def test_appears_at_the_end(tmp_path: Path) -> None:
     with new_directory(tmp_path / "deep" / "out") as scratch:
@@ -30,7 +32,7 @@ def test_appears_at_the_end(tmp_path: Path) -> None:
 def test_an_error_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("1")
+    (out / "config.json").write_text(MODEL)
 
     def interrupted() -> None:
         with new_directory(out, overwrite=True) as scratch:
@@ -58,10 +60,28 @@ def test_refuses_what_is_in_the_way(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("content", ['{"port": 80}', "[1", "80"])
+def test_somebody_else_s_config_makes_no_model(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"no model directory, so --overwrite does not replace it"):
+        check_output(tmp_path, overwrite=True)
+    (tmp_path / "config.json").write_text(MODEL)
+    (tmp_path / "additional_chat_templates").mkdir()
+    assert check_output(tmp_path, overwrite=True) == tmp_path
+    (tmp_path / "src").mkdir()
+    with pytest.raises(ConfigError, match=r"holds src/, so --overwrite does not replace it"):
+        check_output(tmp_path, overwrite=True)
+
+
+def test_a_mounted_disk_cannot_be_renamed_to() -> None:
+    with pytest.raises(ConfigError, match="/proc is where a disk is mounted"):
+        check_output("/proc", overwrite=False)
+
+
 def test_the_input_is_never_replaced(tmp_path: Path) -> None:
     model = tmp_path / "models" / "base"
     model.mkdir(parents=True)
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text(MODEL)
     (tmp_path / "link").symlink_to(model)
     for out in (model, model.parent, tmp_path / "link", model / ".." / "base"):
         with pytest.raises(ConfigError, match="is or holds the input"):
@@ -79,10 +99,10 @@ def test_what_a_kill_left_is_put_right(tmp_path: Path) -> None:
     old, scratch = tmp_path / ".out.unfinished-abc-replaced", tmp_path / ".out.unfinished-abc"
     for directory in (old, scratch, tmp_path / ".other.unfinished-abc"):
         directory.mkdir()
-    (old / "config.json").write_text("old")
+    (old / "config.json").write_text(MODEL)
     with pytest.raises(ConfigError, match="not empty"), new_directory(tmp_path / "out"):
         pass
-    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert (tmp_path / "out" / "config.json").read_text() == MODEL
     assert sorted(os.listdir(tmp_path)) == [".other.unfinished-abc", "out"]
     old.mkdir()
     with new_directory(tmp_path / "out", overwrite=True) as new:
@@ -105,7 +125,7 @@ def test_what_another_program_put_there_meanwhile_stays(tmp_path: Path) -> None:
 
 def test_a_rename_that_fails_brings_the_old_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text("old")
+    (tmp_path / "out" / "config.json").write_text(MODEL)
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
@@ -119,7 +139,7 @@ def test_a_rename_that_fails_brings_the_old_back(tmp_path: Path, monkeypatch: py
         new_directory(tmp_path / "out", overwrite=True),
     ):
         pass
-    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert (tmp_path / "out" / "config.json").read_text() == MODEL
     assert os.listdir(tmp_path) == ["out"]
 
 

@@ -165,3 +165,11 @@ def test_rows_of_any_length_cannot_be_reckoned(tiny: Path) -> None:
     training.max_length = None
     with pytest.raises(ConfigError, match="must be known"):
         memory_model(run, training, on_accelerator=False)
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"])
+def test_what_keeps_more_than_is_reckoned(name: str, tiny_nf4: Path) -> None:
+    run, training = parse_estimate(["--model_name_or_path", str(tiny_nf4)])
+    setattr(training, name, {"every_n_layers": 3})
+    with pytest.raises(ConfigError, match="leave every_n_layers out"):
+        memory_model(run, training, on_accelerator=False)

@@ -361,3 +361,64 @@ def test_a_full_disk_is_one_line_and_costs_nothing(cases: dict[str, Case], launc
     launcher.start(case.arguments, box)
     assert launcher.wait() == 0
     assert not differences(case.expected, digests(box / "out"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        # The checkpoint of an epoch's last step, and the evaluation that is due then.
+        {"validation_split_percentage": 25, "per_device_train_batch_size": 9, "lora_dropout": 0.1},
+        {
+            "validation_split_percentage": 25,
+            "per_device_train_batch_size": 9,
+            "learning_rate": 0.05,
+            "lr_scheduler_type": "reduce_lr_on_plateau",
+            "lr_scheduler_kwargs": {"patience": 0},
+        },
+        {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 12, "save_steps": 3},
+        {"optim": "adafactor", "lr_scheduler_type": "linear"},
+        {"eval_on_start": True, "validation_split_percentage": 25, "eval_steps": 2, "early_stopping_patience": 3},
+    ],
+    ids=["epoch", "plateau", "lengths", "adafactor", "eval on start"],
+)
+def test_the_same_bits_after_a_kill(flags: dict[str, Any], tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    saves = {} if "eval_steps" in flags else {"save_steps": 4}
+    flags = {"max_steps": 12, "learning_rate": 0.01, **saves, **flags}
+    quick(tiny_nf4, pairs_file, tmp_path / "whole", **flags)
+    killed(7, tiny_nf4, pairs_file, tmp_path / "out", **flags)
+    quick(tiny_nf4, pairs_file, tmp_path / "out", **flags)
+    whole, out = (json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("whole", "out"))
+    measured = [[entry for entry in state["log_history"] if "eval_loss" in entry] for state in (whole, out)]
+    assert [(entry["step"], entry["eval_loss"]) for entry in measured[0]] == [
+        (entry["step"], entry["eval_loss"]) for entry in measured[1]
+    ]
+    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "out")
+
+
+def test_a_fresh_optimizer_goes_on_with_the_schedule(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    flags = {"max_steps": 6, "save_steps": 2, "lr_scheduler_type": "linear", "learning_rate": 6e-3}
+    killed(5, tiny_nf4, pairs_file, tmp_path, **flags, save_only_model=True)
+    quick(tiny_nf4, pairs_file, tmp_path, **flags, save_only_model=True, resume_from_checkpoint="last")
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert rates == pytest.approx([6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
+
+
+@pytest.mark.parametrize("change", ["data", "metric", "neither"])
+def test_the_best_of_another_measure_counts_for_nothing(
+    change: str, tiny_nf4: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its figure may be one that no later one can be better than."""
+    easy, hard = tmp_path / "easy.jsonl", tmp_path / "hard.jsonl"
+    easy.write_text(pairs_file.read_text())
+    hard.write_text('{"prompt": "The fox:", "completion": " jumps over 9 lazy dogs"}\n' * 8)
+    flags = {"eval_steps": 4, "learning_rate": 5e-3, "resume_from_checkpoint": None}
+    quick(tiny_nf4, pairs_file, tmp_path / "out", **flags, eval_dataset=str(easy), max_steps=8)
+    flags |= {"eval_dataset": str(hard if change == "data" else easy), "resume_from_checkpoint": "last"}
+    if change == "metric":
+        flags |= {"eval_exact_match": 4, "metric_for_best_model": "exact_match"}
+    report = quick(tiny_nf4, pairs_file, tmp_path / "out", **flags, max_steps=16)
+    said = "checkpoint-8 was measured otherwise; the best is chosen from here on" in capsys.readouterr().out
+    assert said == (change != "neither")
+    assert report.best_step is not None
+    assert report.best_step > 8

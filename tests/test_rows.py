@@ -64,3 +64,32 @@ def test_parquet_s_nulls_within_columns_are_none(tmp_path: Path) -> None:
     rows = [{"a": [{"x": {"city": "Rome"}}], "b": None}, {"a": [{"x": {"file": "f", "deep": [{"n": 1}]}}], "b": "c"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert read_rows(tmp_path / "a.parquet") == rows
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_byte_order_mark_is_no_part_of_the_data(name: str, tmp_path: Path) -> None:
+    content = {"a.jsonl": '{"text": "x"}', "a.json": '[{"text": "x"}]', "a.csv": "text\nx"}[name]
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_rows(tmp_path / name) == [{"text": "x"}]
+
+
+def test_one_object_over_several_lines_is_no_list(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": "x"}]}, indent=2))
+    with pytest.raises(DataError, match="must be a JSON list of objects"):
+        read_rows(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"text": "x"}')
+    assert read_rows(tmp_path / "a.json") == [{"text": "x"}]
+
+
+def test_a_config_of_the_hub_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, config: str | None, split: str) -> list[dict[str, str]]:
+        if config is None:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']"
+            )
+        return [{"text": f"{name} {config} {split}"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert read_rows("openai/gsm8k", "test", "main") == [{"text": "openai/gsm8k main test"}]
+    with pytest.raises(DataError, match=r"'main', 'socratic'\]\); name one of its configs with --dataset_config"):
+        read_rows("openai/gsm8k")

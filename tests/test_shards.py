@@ -177,3 +177,9 @@ def test_a_name_that_stands_twice(tmp_path: Path) -> None:
     (tmp_path / SINGLE_FILE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(CheckpointError, match="stands in its header twice"):
         ShardReader(tmp_path)
+
+
+def test_codes_without_their_scales_are_refused(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'a.weight' in F8_E4M3, whose scales nothing tells"):
+        ShardReader(tmp_path)

@@ -26,10 +26,10 @@ LAYERS = [
     {"gated"},
     {
         *{"data", "dora", "whole", "kinship", "measure", "movement", "numerics", "packing", "progress", "report"},
-        *{"resume", "scoring", "screens"},
+        *{"resume", "sampling", "scoring", "screens", "states"},
     },
     {"layouts", "kept"},
-    {"toolcalls"},
+    {"toolcalls", "chats"},
     {
         "nf4",
         "ledger",

@@ -63,6 +63,22 @@ def test_evaluation_does_not_depend_on_its_batches(tiny_nf4: Path, tmp_path: Pat
     assert len(losses) == 1
 
 
+def test_no_row_is_dropped_from_an_evaluation(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    flags = {"validation_split_percentage": 10, "max_steps": 2, "eval_steps": 1, "per_device_eval_batch_size": 8}
+    report = quick(tiny_nf4, pairs_file, tmp_path / "drops", **flags, dataloader_drop_last=True)
+    assert report.eval_loss == quick(tiny_nf4, pairs_file, tmp_path / "all", **flags).eval_loss
+    assert report.eval_loss is not None
+    assert report.eval_loss > 1
+
+
+def test_what_weighs_tokens_by_their_probability_is_measured_by_it(
+    tiny_nf4: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    flags = {"eval_dataset": str(pairs_file), "max_steps": 1, "learning_rate": 0.0, "dtype": "float32"}
+    losses = [quick(tiny_nf4, pairs_file, tmp_path / t, **flags, loss_type=t).eval_loss for t in ("nll", "dft")]
+    assert losses[0] == losses[1]
+
+
 def test_exact_match_while_training(tiny_nf4: Path, tmp_path: Path) -> None:
     data = tmp_path / "same.jsonl"
     data.write_text('{"prompt": "Question: 7?", "completion": " 7"}\n' * 16)
@@ -89,7 +105,7 @@ def test_questions_that_the_model_has_no_room_for(
     quick(tiny_nf4, mixed, tmp_path / "mixed", eval_dataset=str(mixed), **flags)
     assert "1 of 3 questions are left out: they do not fit into what the model takes" in capsys.readouterr().out
     with pytest.raises(DataError, match="no question that, with its answer, fits into the 512 tokens"):
-        quick(tiny_nf4, mixed, tmp_path / "long", eval_dataset=str(all_long), **flags)
+        quick(tiny_nf4, mixed, tmp_path / "long", eval_dataset=str(all_long), max_length=700, **flags)
 
 
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")

@@ -37,7 +37,7 @@ from qdora.rows import Row, read_rows
 from qdora.scoring import ScoredModel
 from qdora.sources import local_model
 from qdora.tables import aligned
-from qdora.tokenizer import check_ids, tokenizer_of
+from qdora.tokenizer import check_ids, tokenizer_of, use_template
 
 __all__ = ["EvaluateReport", "Measured", "evaluate"]
 
@@ -123,6 +123,8 @@ def evaluate(
     merged: str | Path | None = None,
     *,
     dataset_split: str = "test",
+    dataset_config: str | None = None,
+    chat_template_path: str | Path | None = None,
     max_rows: int | None = None,
     max_length: int | None = None,
     exact_match_rows: int = 100,
@@ -144,6 +146,8 @@ def evaluate(
         dataset: a data file or a data set on the Hub, as for `train`; with a column `choices`, multiple choice too.
         adapter: trained on `model`.
         merged: a 16-bit model.
+        dataset_split, dataset_config: of a data set on the Hub.
+        chat_template_path: a Jinja file, if the tokenizer has no chat template or another is meant.
         max_rows: the first so many rows.
         max_length: cut rows to so many tokens for the loss; by default to what the model takes.
         exact_match_rows: so many rows are answered and compared.
@@ -162,7 +166,8 @@ def evaluate(
     source, file = local_model(model), None if adapter is None else read_adapter(adapter)
     packed = is_nf4_checkpoint(source, trust_remote_code)
     tokenizer, whose = tokenizer_of(source, adapter, trust_remote_code)
-    rows = read_rows(dataset, dataset_split)[:max_rows]
+    use_template(tokenizer, chat_template_path)
+    rows = read_rows(dataset, dataset_split, dataset_config)[:max_rows]
     chosen = choice_rows(rows, dataset, choices)
     place = pick_device(device)
     load = partial(
@@ -218,11 +223,11 @@ def _examine(model: Any, tokenizer: Any, exam: _Exam, name: str) -> tuple[Measur
     measured = Measured(
         tally.loss,
         tally.perplexity,
-        count_matches(exam.asked, given) / len(given) if given else None,
+        count_matches(given) / len(given) if given else None,
         None if chosen is None else chosen.by_likelihood,
         None if chosen is None else chosen.by_character,
     )
-    return measured, [(question.expected, text) for question, text in zip(exam.asked, given, strict=True)][:20]
+    return measured, [(answered.expected, answered.given) for answered in given[:20]]
 
 
 def _choose(entry: ScoredModel, exam: _Exam, lean: bool, name: str) -> Accuracy | None:
@@ -241,7 +246,7 @@ def _check_merged(merged: str | Path | None, trust_remote_code: bool) -> None:
 
 def _questions(rows: list[Row], tokenizer: Any, dataset: str | Path) -> list[Question]:
     """Whole, whatever `max_length` is: an answer that was cut can never be matched."""
-    return questions(encode(rows, tokenizer, None, dataset), tokenizer) if rows else []
+    return questions(encode(rows, tokenizer, None, dataset)) if rows else []
 
 
 def _choice_data(
@@ -260,7 +265,11 @@ def _choice_data(
 def _last_answers(data: EncodedData) -> EncodedData:
     """With labels on each row's last answer alone: what came before is the same for all choices."""
     begins = [last_answer_in(row)[0] for row in data.labels]
-    labels = [[IGNORED] * first + row[first:] for first, row in zip(begins, data.labels, strict=True)]
+    first = min(begins)  # of one, a token may hold the space before it; then that space counts for all
+    labels = [
+        [IGNORED] * first + ids[first:begin] + row[begin:]
+        for begin, ids, row in zip(begins, data.input_ids, data.labels, strict=True)
+    ]
     return replace(data, labels=labels)
 
 

@@ -23,7 +23,7 @@ from qdora.output import replace_text
 from qdora.plan import SWITCHES, Need
 from qdora.planner import asked_plan, choose, memory_model, usable_bytes
 from qdora.rows import Row, read_rows
-from qdora.tokenizer import load_tokenizer
+from qdora.tokenizer import load_tokenizer, use_template
 
 __all__ = ["InitReport", "init"]
 
@@ -63,6 +63,8 @@ def init(
     dataset: str | Path,
     *,
     memory: str | None = None,
+    dataset_config: str | None = None,
+    chat_template_path: str | Path | None = None,
     out: str | Path = "qdora.yaml",
     overwrite: bool = False,
     use_cpu: bool = False,
@@ -74,6 +76,8 @@ def init(
         model: an NF4 checkpoint, a 16-bit model directory or a Hub id, of which no weights are fetched.
         dataset: as for `train`.
         memory: what the run must fit in, such as 8GB; without it the config leaves the plan as it stands.
+        dataset_config: of a data set on the Hub.
+        chat_template_path: a Jinja file, if the model's tokenizer has no chat template or another is meant.
         out: the file to write.
         use_cpu: reckon memory for the CPU instead of an accelerator.
 
@@ -86,9 +90,13 @@ def init(
     if not path.parent.is_dir():
         raise ConfigError(f"no directory {path.parent} to write {path.name} in; make it first")
     facts = model_facts(model, trust_remote_code)
-    rows = read_rows(dataset)
-    lengths = _measure(rows, load_tokenizer(model, trust_remote_code, fetch_weights=False), dataset)
-    settings = _settings(str(model), str(dataset), lengths, facts.context)
+    rows = read_rows(dataset, config=dataset_config)
+    tokenizer = load_tokenizer(model, trust_remote_code, fetch_weights=False)
+    use_template(tokenizer, chat_template_path)
+    lengths = _measure(rows, tokenizer, dataset)
+    template = None if chat_template_path is None else str(chat_template_path)
+    asked = {"dataset_config": dataset_config, "chat_template_path": template}
+    settings = _settings(str(model), str(dataset), asked, lengths, facts.context)
     fitted = None if memory is None else _fit(settings, memory, use_cpu)
     replace_text(path, _page(path, settings, lengths, facts.in_nf4, memory, fitted))
     return InitReport(path, settings)
@@ -103,13 +111,16 @@ def _measure(rows: Sequence[Row], tokenizer: Any, dataset: str | Path) -> _Lengt
     return _Lengths(data.layout, lengths[len(lengths) // 2], covered, lengths[-1], len(lengths), len(rows))
 
 
-def _settings(model: str, dataset: str, lengths: _Lengths, context: int | None) -> dict[str, Any]:
+def _settings(
+    model: str, dataset: str, asked: dict[str, str | None], lengths: _Lengths, context: int | None
+) -> dict[str, Any]:
     """What the data suggests, in the order of the page."""
     max_length = -(-lengths.covered // 64) * 64
     few = lengths.rows < _FEW_ROWS
     settings = {
         "model_name_or_path": model,
         "dataset": dataset,
+        **{name: value for name, value in asked.items() if value is not None},
         "output_dir": f"{Path(dataset).stem}-adapter",
         "validation_split_percentage": 10 if few else 5,
         "max_length": min(max_length, context) if context else max_length,

@@ -31,13 +31,11 @@ from qdora.errors import CheckpointError
 from qdora.kinship import Kinship
 from qdora.output import check_output, new_directory, write_json
 from qdora.shards import ShardWriter, format_bytes, parse_size
-from qdora.sources import copy_side_files, local_model
-from qdora.tokenizer import load_tokenizer
+from qdora.sources import MERGE_RECORD, copy_side_files, local_model
+from qdora.tokenizer import adapter_tokenizer, load_tokenizer
 from qdora.verify import Comparison, compare, fits_in_memory
 
 __all__ = ["MergeReport", "merge"]
-
-_RECORD_FILE = "qdora_merge.json"
 
 
 @dataclass
@@ -106,12 +104,15 @@ def merge(
             f"{adapter} was trained on 16-bit weights, and {base} holds NF4 ones, on which it is another function; "
             "name the 16-bit model, or pass --allow_other_base"
         )
+    tokenizer = adapter_tokenizer(adapter, trust_remote_code)
     with new_directory(out, overwrite) as directory:
         with ShardWriter(directory, shard_bytes) as writer:
             is_parted = _write_tensors(writer, stored, file, out_dtype)
         report = MergeReport(Path(out), stored.kind, dtype, len(file.linears), writer.total_bytes, comparison=None)
         _write_config(source, directory, dtype, is_parted)
         copy_side_files(source, directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
         # The comparison comes before the result gets its name: what fails it is not left behind as a success.
         report.not_compared = _reason_against(
             verify, fits_in_memory(stored.reader, stored.linears), directory, trust_remote_code
@@ -128,7 +129,8 @@ def merge(
 def _write_tensors(writer: ShardWriter, stored: StoredBase, file: AdapterFile, dtype: torch.dtype) -> bool:
     """Every tensor of the merged model; returns whether its head is another matrix than its embedding by now."""
     for key in _progress(stored.keys()):
-        writer.add(key, in_sixteen_bits(key, _merged(key, stored, file), dtype))
+        tensor = _merged(key, stored, file)
+        writer.add(key, in_sixteen_bits(key, tensor, tensor.dtype if stored.linears.keeps_dtype(key) else dtype))
     parted = parted_head(stored, file)
     if parted is not None and parted[0] not in stored.reader:
         writer.add(parted[0], in_sixteen_bits(*parted, dtype))
@@ -206,7 +208,7 @@ def _write_record(directory: Path, report: MergeReport, base: str | Path, adapte
         "dtype": report.dtype,
         "verified": None if report.comparison is None else asdict(report.comparison),
     }
-    write_json(directory / _RECORD_FILE, record)
+    write_json(directory / MERGE_RECORD, record)
 
 
 def _progress(keys: list[str]) -> Iterable[str]:

@@ -166,8 +166,9 @@ def _convert(
 ) -> list[tuple[str, Tensor]]:
     """The tensors that stand for one tensor of the source."""
     path = linears.find(key)
-    plain = in_sixteen_bits(key, tensor, dtype)
-    if path is None or not linears.quantizes(path):
+    stays = path is None or not linears.quantizes(path)
+    plain = in_sixteen_bits(key, tensor, tensor.dtype if stays and linears.keeps_dtype(key) else dtype)
+    if path is None or stays:
         report.kept_values += plain.numel()
         if path is not None:
             report.kept_linears.append(path)

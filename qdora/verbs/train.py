@@ -24,7 +24,7 @@ from qdora.arguments import adapter_config, flags_of, parse_train
 from qdora.arithmetic import training_dtype
 from qdora.assembly import build_trainer
 from qdora.config import AdapterConfig
-from qdora.corpus import Corpus, load_corpus, use_chat_template
+from qdora.corpus import Corpus, load_corpus
 from qdora.curves import loss_series
 from qdora.distributed import is_main, processes, say
 from qdora.ending import end_for_memory, way_back
@@ -47,7 +47,7 @@ from qdora.residual import begin_with_residual
 from qdora.resume import RecordKeeper, Start, begin_record, finish_record, start
 from qdora.sharding import Sharding, take_sharding
 from qdora.signals import Stopped, StopRequest
-from qdora.tokenizer import check_ids, load_tokenizer
+from qdora.tokenizer import check_ids, load_tokenizer, use_template
 
 __all__ = ["TrainReport", "train", "train_from_arguments"]
 
@@ -132,7 +132,8 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     if run.dry_run:
         return None
     tokenizer = load_tokenizer(run.model_name_or_path, training.trust_remote_code)
-    use_chat_template(tokenizer, training)
+    use_template(tokenizer, training.chat_template_path)
+    training.chat_template_path = None  # TRL would read it once more
     corpus = load_corpus(run, training, tokenizer)
     destination = take_destination(training)
     headroom = Headroom(run, training, sharding is not None)
@@ -265,6 +266,11 @@ def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
     if beginning.trained:
         trainer.stand_at(beginning.checkpoint)
         return
+    trainer.measures_anew = beginning.measures_anew
+    if beginning.checkpoint is not None:
+        trainer.args.eval_on_start = False  # it was measured, and early stopping would count it twice
+    if beginning.measures_anew and trainer.args.load_best_model_at_end:
+        say(f"{beginning.checkpoint} was measured otherwise; the best is chosen from here on")
     # How patient early stopping still is, for one: without that a resumed run might end at another step.
     trainer.args.restore_callback_states_from_checkpoint |= beginning.same
     try:
@@ -284,6 +290,11 @@ def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
         raise ConfigError(
             f"training stopped after {trainer.state.global_step} steps: {reason(error)}; check the flags"
         ) from error
+    except TypeError as error:
+        if trainer.state.global_step:
+            raise
+        # a schedule or an optimizer lacks a setting, or has one too many
+        raise ConfigError(f"training did not start: {reason(error)}; check the flags") from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
