@@ -51,7 +51,7 @@ class AdapterConfig:
     use_rslora: bool = False
     """Rank-stabilized scaling (arXiv 2312.03732)."""
     target_modules: str | tuple[str, ...] = ALL_LINEAR
-    """`"all-linear"` (every linear but the head and those of routed experts), names such as `("q_proj", "v_proj")`,
+    """`"all-linear"` (every linear of the decoder but those of routed experts), names such as `("q_proj", "v_proj")`,
     matched against the last parts of a module's path as PEFT does, or one regular expression for the whole path. Routed
     experts have adapters only if a name says so: `"experts"` for all their linears, `"experts.down_proj"` for one."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qdora.base import BaseWeight
 from qdora.bypassed import bypassed_paths, shared_paths
-from qdora.config import AdapterConfig, is_named
+from qdora.config import ALL_LINEAR, AdapterConfig, is_named
 from qdora.dense import DenseWeight
 from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import CheckpointError, ConfigError
@@ -156,7 +156,8 @@ def prepare_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     if adapted_linears(model):
         raise ConfigError("the model already carries adapters; load it afresh to attach others")
     paths = linear_paths(model)
-    targets = [path for path in paths if config.targets(path)]
+    meant = _in_the_decoder(model, paths) if config.target_modules == ALL_LINEAR else paths
+    targets = [path for path in meant if config.targets(path)]
     if not targets:
         names = sorted({path.rpartition(".")[2] for path in paths})
         asked = config.target_modules if isinstance(config.target_modules, str) else config.target_modules[0]
@@ -168,6 +169,13 @@ def prepare_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         _check_each_is_found(config.target_modules, targets, paths)
     model.requires_grad_(False)
     return targets
+
+
+def _in_the_decoder(model: Any, paths: list[str]) -> list[str]:
+    """Those of them that text goes through: a model that sees has others too, which text alone would not train."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    place = next((f"{path}." for path, module in model.named_modules() if module is decoder and path), "")
+    return [path for path in paths if path.startswith(place)] or paths
 
 
 def adapt(model: nn.Module, path: str, config: AdapterConfig) -> None:

@@ -11,6 +11,7 @@ make such a number, is refused; a loop that multiplies may still get there.
 
 from __future__ import annotations
 
+import inspect
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,9 @@ def render(
     """
     if _raises_to_powers(tokenizer.chat_template):
         raise ValueError("it raises numbers to powers, which no chat needs and which may never end")
+    # Among them is another template, which nobody would have looked at.
+    if taken := sorted((settings or {}).keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys()):
+        raise ValueError(f"{taken[0]} is no variable of a template, but an argument of what renders it")
     with _limited_time(), _limited_memory():
         text: str = tokenizer.apply_chat_template(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=ask, **(settings or {})

@@ -45,6 +45,13 @@ def test_a_row_may_set_the_template_s_variables() -> None:
     assert settings_of({"chat_template_kwargs": '{"a": 1, "b": null}'}, "row 1") == {"a": 1}
 
 
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "add_generation_prompt"])
+def test_a_row_brings_no_template_of_its_own(name: str) -> None:
+    row = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {name: "{{ 1 }}"}}
+    with pytest.raises(DataError, match=f"row 1: .*{name} is no variable of a template"):
+        encode([row], make_tokenizer(), None)
+
+
 @pytest.mark.parametrize(
     ("row", "layout", "message"),
     [

@@ -249,7 +249,7 @@ NORMS = {
     **dict.fromkeys(("mamba", "mamba2"), 3),
     **dict.fromkeys(("granitemoehybrid", "bamba", "falcon_h1"), 5),
     **dict.fromkeys(("mistral", "qwen2", "phi3", "mixtral", "qwen2_moe"), 5),
-    **dict.fromkeys(("qwen3", "qwen3_moe", "olmoe", "deepseek_v3"), 9),
+    **dict.fromkeys(("qwen3", "qwen3_moe", "olmoe", "deepseek_v3", "zamba2"), 9),
 }
 # Of mixtures, the shared experts, and DeepSeek's dense layer.
 MLPS = {
