@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qdora.arithmetic import compute_dtype
+from qdora.arithmetic import compute_dtype, in_sixteen_bits
 from qdora.config import AdapterConfig
 from qdora.dora import FrozenLinear
-from qdora.errors import CheckpointError, ConfigError, reason, shown
+from qdora.errors import CheckpointError, ConfigError, NumericsError, reason, shown
 from qdora.experts import expand_experts, stacks_left
 from qdora.inject import attach, left_alone, linear_paths, linear_shape, make_lean
 from qdora.loader import KeyNames, key_names
@@ -83,6 +83,8 @@ class Linears:
     """The weights of input embedding and head by their names in the model."""
     precise: tuple[str, ...] = ()
     """Parts of the names of tensors that keep their dtype: what chooses among experts may differ in few bits."""
+    read: frozenset[str] = frozenset()
+    """The names of all tensors that the model reads."""
 
     def find(self, key: str) -> str | None:
         """The path of the linear whose weight is stored under this key; None if it is no linear's."""
@@ -93,9 +95,20 @@ class Linears:
         """What a checkpoint calls `name` as the model calls it, if it is among the known names."""
         return next((candidate for candidate in self.names.candidates(name) if candidate in known), None)
 
-    def keeps_dtype(self, key: str) -> bool:
-        """Whether the tensor under this key is computed with as it lies there, whatever the model's dtype."""
-        return any(f".{part}." in f".{key}." for part in self.precise)
+    def in_sixteen_bits(self, key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of the checkpoint as it is written; in its own dtype what the model computes with so.
+
+        Raises:
+            NumericsError: it is not finite, or would not be; unless the model does not read it (a causal mask of -inf).
+        """
+        if any(f".{part}." in f".{key}." for part in self.precise):
+            dtype = tensor.dtype
+        try:
+            return in_sixteen_bits(key, tensor, dtype)
+        except NumericsError:
+            if self.named(key, self.read) is not None:
+                raise
+            return tensor
 
     def quantizes(self, path: str) -> bool:
         """Whether this linear becomes NF4."""
@@ -121,7 +134,16 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
     embeddings = [path for path, module in model.named_modules() if module is model.get_input_embeddings()]
     ends = (f"{embeddings[0]}.weight", f"{heads[0]}.weight") if embeddings and heads else None
     precise = tuple(sorted(model._keep_in_fp32_modules_strict or ()))
-    return Linears(transposed, stays, shapes, key_names(model), tuple(stacks_left(model)), ends, precise)
+    return Linears(
+        transposed,
+        stays,
+        shapes,
+        key_names(model),
+        tuple(stacks_left(model)),
+        ends,
+        precise,
+        frozenset(model.state_dict()),
+    )
 
 
 def hollow_model(

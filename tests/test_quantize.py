@@ -176,3 +176,15 @@ def test_memory_is_bounded_by_a_shard(sharded: Path, tiny: Path, tmp_path: Path)
     merge = f"qdora.merge({out!r}, {adapter!r}, {merged!r}, verify=False, {SMALL_SHARDS})"
     assert peak_of(merge, f"{warm_up}; qdora.load_model({str(tiny)!r})") < BOUND
     assert ShardReader(tmp_path / "merged").total_bytes > 4 * BOUND
+
+
+def test_what_the_model_does_not_read_may_be_infinite(tiny_adapter: Path, tmp_path: Path) -> None:
+    """Files of GPT-NeoX hold a causal mask beside their weights."""
+    source, name = make_model(tmp_path / "m"), "model.layers.0.self_attn.masked_bias"
+    tensors = load_file(source / "model.safetensors")
+    mask = torch.tensor(-torch.inf, dtype=torch.float16)
+    save_file({**tensors, name: mask}, source / "model.safetensors", metadata={"format": "pt"})
+    qdora.quantize(source, tmp_path / "base", dtype="float16")
+    qdora.merge(tmp_path / "base", tiny_adapter, tmp_path / "out", verify=False, allow_other_base=True)
+    for directory in (tmp_path / "base", tmp_path / "out"):
+        assert torch.equal(ShardReader(directory).get(name), mask)

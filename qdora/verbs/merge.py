@@ -129,8 +129,7 @@ def merge(
 def _write_tensors(writer: ShardWriter, stored: StoredBase, file: AdapterFile, dtype: torch.dtype) -> bool:
     """Every tensor of the merged model; returns whether its head is another matrix than its embedding by now."""
     for key in _progress(stored.keys()):
-        tensor = _merged(key, stored, file)
-        writer.add(key, in_sixteen_bits(key, tensor, tensor.dtype if stored.linears.keeps_dtype(key) else dtype))
+        writer.add(key, stored.linears.in_sixteen_bits(key, _merged(key, stored, file), dtype))
     parted = parted_head(stored, file)
     if parted is not None and parted[0] not in stored.reader:
         writer.add(parted[0], in_sixteen_bits(*parted, dtype))

@@ -166,13 +166,12 @@ def _convert(
 ) -> list[tuple[str, Tensor]]:
     """The tensors that stand for one tensor of the source."""
     path = linears.find(key)
-    stays = path is None or not linears.quantizes(path)
-    plain = in_sixteen_bits(key, tensor, tensor.dtype if stays and linears.keeps_dtype(key) else dtype)
-    if path is None or stays:
-        report.kept_values += plain.numel()
+    if path is None or not linears.quantizes(path):
+        report.kept_values += tensor.numel()
         if path is not None:
             report.kept_linears.append(path)
-        return [(key, plain)]
+        return [(key, linears.in_sixteen_bits(key, tensor, dtype))]
+    plain = in_sixteen_bits(key, tensor, dtype)
     weight = plain.t().contiguous() if linears.transposed[path] else plain
     _check_matrix(path, weight, linears)
     parts = quantize_nf4(weight, double_quant, device)
