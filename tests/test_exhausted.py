@@ -170,12 +170,12 @@ def test_the_host_s_own_memory(pairs_file: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", intermediate_size=32768)
     program = (
         "import psutil, sys; from qdora.cli import main; import qdora.verbs.train, qdora.trainer; "
-        "p = psutil.Process(); p.rlimit(psutil.RLIMIT_AS, (p.memory_info().vms + 10**9,) * 2); "
+        "p = psutil.Process(); p.rlimit(psutil.RLIMIT_AS, (p.memory_info().vms + 6 * 10**8,) * 2); "
         "sys.exit(main(sys.argv[1:]))"
     )
     data = tmp_path / "long.jsonl"
-    data.write_text(('{"text": "' + "The quick brown fox jumps over the lazy dog. " * 100 + '"}\n') * 128)
-    flags = {**QUICK, "per_device_train_batch_size": 64, "max_length": 512, "load_in_4bit": False, "max_steps": 1}
+    data.write_text(('{"text": "' + "The quick brown fox jumps over the lazy dog. " * 100 + '"}\n') * 48)
+    flags = {**QUICK, "per_device_train_batch_size": 24, "max_length": 512, "load_in_4bit": False, "max_steps": 1}
     flags |= {"model_name_or_path": str(model), "dataset": str(data), "output_dir": str(tmp_path / "out")}
     done = subprocess.run(
         [sys.executable, "-c", program, "train", *flags_of(flags)],
