@@ -49,7 +49,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
         if flag.startswith("--") and name not in known:
             raise ConfigError(f"unknown flag --{name}{_suggestion(name, known)}")
     flags = _with_bare_fsdp([spelled(flag) for flag in flags])
-    parser.set_defaults(**_evaluation_defaults(flags))
+    parser.set_defaults(**_evaluation_defaults(flags, parser.get_default("logging_steps")))
     missing = [name for name in ("model_name_or_path", "dataset", "output_dir") if not _is_given(name, flags)]
     if missing:
         raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (as flags or in the config file)")
@@ -73,7 +73,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     return run, training
 
 
-def _evaluation_defaults(flags: Sequence[str]) -> dict[str, Any]:
+def _evaluation_defaults(flags: Sequence[str], logging_steps: float) -> dict[str, Any]:
     """With data to evaluate on, and nothing else said: evaluate after each epoch, save then too, and keep the best."""
     if not (_value_of("eval_dataset", flags) or _is_above_zero(_value_of("validation_split_percentage", flags))):
         return {}
@@ -86,10 +86,10 @@ def _evaluation_defaults(flags: Sequence[str]) -> dict[str, Any]:
     defaults |= {"save_strategy": strategy, "load_best_model_at_end": True}
     # Without its own, evaluation takes the steps of logging.
     name = next((name for name in ("eval_steps", "logging_steps") if _is_given(name, flags)), None)
-    if strategy == "steps" and name is not None:
-        steps = str(_value_of(name, flags))
+    if strategy == "steps":
+        steps = logging_steps if name is None else _value_of(name, flags)
         try:
-            defaults["save_steps"] = float(steps)
+            defaults["save_steps"] = float(str(steps))
         except ValueError:
             raise ConfigError(f"--{name} must be a number, found {steps!r}") from None
     return defaults

@@ -42,7 +42,8 @@ class SaveAfterEpoch(TrainerCallback):
     _waits = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_save and args.eval_strategy == "epoch" and float(state.epoch).is_integer():
+        ends = float(state.epoch).is_integer() or control.should_training_stop
+        if control.should_save and args.eval_strategy == "epoch" and ends:
             control.should_save, self._waits = False, True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -91,4 +91,4 @@ def _from_column(answer: str, row: Row, where: str) -> tuple[list[str], int]:
         raise DataError(f"{where}: the answer {answer!r} is {len(matches)} times among the choices, not once")
     # With the answer's own white space, for so the model has learned it.
     lead, trail = answer[: len(answer) - len(answer.lstrip())], answer[len(answer.rstrip()) :]
-    return [lead + text.strip() + trail for text in texts], matches[0]
+    return [lead + text.strip() + trail if text.strip() else text for text in texts], matches[0]

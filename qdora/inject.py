@@ -172,8 +172,10 @@ def prepare_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 
 def _in_the_decoder(model: Any, paths: list[str]) -> list[str]:
-    """Those of them that text goes through: a model that sees has others too, which text alone would not train."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    """Of a model that sees or hears, those that text goes through, if the others stand apart: these would not train."""
+    towers = [f"{kind}_config" for kind in ("vision", "audio", "speech")]
+    has_towers = any(hasattr(getattr(model, "config", None), name) for name in towers)
+    decoder = model.get_decoder() if has_towers and hasattr(model, "get_decoder") else None
     place = next((f"{path}." for path, module in model.named_modules() if module is decoder and path), "")
     return [path for path in paths if path.startswith(place)] or paths
 

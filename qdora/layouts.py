@@ -169,7 +169,8 @@ def with_last_answer(row: Row, layout: str, answer: str) -> Row:
     if layout == PAIR and not isinstance(row["completion"], list):
         return {**row, "completion": answer}
     column, _, content_key = _TURNS[layout]
-    return {**row, column: [*row[column][:-1], {**row[column][-1], content_key: answer}]}
+    last = {key: value for key, value in row[column][-1].items() if key != "weight"}
+    return {**row, column: [*row[column][:-1], {**last, content_key: answer}]}
 
 
 class _Template:

@@ -41,8 +41,12 @@ _RECORD_FILE = "qdora_train.json"
 _NOT_RECORDED = ("output_dir", "run_name", "resume_from_checkpoint", "local_rank")
 _NOT_COMPARED = ("overwrite_output_dir",)
 # What an evaluation depends on, and the best one by it.
-_MEASURED_BY = ("metric_for_best_model", "eval_dataset", "eval_dataset_sha256", "validation_split_percentage")
-_ROWS_KEPT_BACK_BY = ("dataset", "dataset_sha256", "seed")
+_MEASURED_BY = (
+    *("metric_for_best_model", "greater_is_better", "loss_type", "label_smoothing_factor", "router_aux_loss_coef"),
+    *("eval_dataset", "eval_dataset_sha256", "eval_dataset_split", "eval_dataset_config", "eval_exact_match"),
+    *("validation_split_percentage", "max_length", "completion_only_loss", "chat_template_path", "base_hash"),
+)
+_ROWS_KEPT_BACK_BY = ("dataset", "dataset_sha256", "dataset_split", "dataset_config", "seed")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,14 @@ class Start:
     began_at: int = 0
     """How many steps that had."""
     measures_anew: bool = False
-    """Whether that run's evaluations were of other data or by another metric, so that none is comparable."""
+    """Whether evaluations of that one were of other data or by another metric, so that none is comparable."""
+
+    @property
+    def step(self) -> int:
+        """Of that checkpoint."""
+        if self.checkpoint is None:
+            return 0
+        return int(TrainerState.load_from_json(str(Path(self.checkpoint) / STATE_FILE)).global_step)
 
     @property
     def trained(self) -> bool:
@@ -118,16 +129,19 @@ def _from(checkpoint: Path, settings: dict[str, Any], record: dict[str, Any] | N
     Args:
         record: of the directory that holds the checkpoint, if that is of a run with these settings.
     """
-    step = TrainerState.load_from_json(str(checkpoint / STATE_FILE)).global_step
+    state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    step, known = state.global_step, record or {}
+    anew = bool(known.get("measures_anew"))
     if record is not None and step > record.get("began_at", 0):
-        return Start(settings, str(checkpoint), True, True, record.get("began_from"), record.get("began_at", 0))
+        return Start(settings, str(checkpoint), True, True, record.get("began_from"), record.get("began_at", 0), anew)
+    there = _read_record(checkpoint.parent)
     return Start(
         settings,
         str(checkpoint),
         found=record is not None,
         began_from=str(checkpoint.resolve()),
         began_at=step,
-        measures_anew=_measures_otherwise(_read_record(checkpoint.parent), settings),
+        measures_anew=anew or (state.best_metric is not None and _measures_otherwise(there, settings)),
     )
 
 
@@ -228,7 +242,10 @@ def begin_record(beginning: Start, output_dir: Path) -> None:
 
 
 def _write_record(beginning: Start, output_dir: Path, finished: bool) -> None:
-    origin = {"began_from": beginning.began_from, "began_at": beginning.began_at} if beginning.began_from else {}
+    origin: dict[str, Any] = {}
+    if beginning.began_from:
+        origin = {"began_from": beginning.began_from, "began_at": beginning.began_at}
+        origin |= {"measures_anew": True} if beginning.measures_anew else {}
     write_json(output_dir / _RECORD_FILE, {"finished": finished, **origin, "settings": beginning.settings})
 
 

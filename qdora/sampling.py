@@ -6,7 +6,7 @@ that never stopped, so it would meet some rows twice and others never.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,17 +21,14 @@ class EpochSeeded(Sampler[int]):
     Args:
         sampler: draws from its attribute `generator`.
         seed: to which the epoch's number is added.
+        epoch: tells it. (`set_epoch` is not called through all that accelerate wraps a sampler in.)
     """
 
-    def __init__(self, sampler: Any, seed: int) -> None:
-        self._sampler, self._seed, self._epoch = sampler, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """The loop over epochs calls it."""
-        self._epoch = epoch
+    def __init__(self, sampler: Any, seed: int, epoch: Callable[[], int]) -> None:
+        self._sampler, self._seed, self._epoch = sampler, seed, epoch
 
     def __iter__(self) -> Iterator[int]:
-        self._sampler.generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        self._sampler.generator = torch.Generator().manual_seed(self._seed + self._epoch())
         return iter(self._sampler)
 
     def __len__(self) -> int:

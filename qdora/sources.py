@@ -19,6 +19,7 @@ from qdora.shards import INDEX_FILE
 
 __all__ = [
     "MERGE_RECORD",
+    "TEMPLATES",
     "check_complete",
     "copy_side_files",
     "find_gguf",
@@ -31,7 +32,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 MERGE_RECORD = "qdora_merge.json"
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
 _NOT_COPIED = (INDEX_FILE, "config.json", "adapter_config.json", "trainer_state.json", QUANTIZE_RECORD, MERGE_RECORD)
 # The same weights once more, as their makers' own programs read them.
 _NOT_FETCHED = ("consolidated*.safetensors", "original/*")
@@ -148,8 +149,8 @@ def copy_side_files(source: Path, target: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if file.name not in _NOT_COPIED:
                 shutil.copyfile(file, target / file.name)
-    if (source / _TEMPLATES).is_dir():
-        shutil.copytree(source / _TEMPLATES, target / _TEMPLATES, dirs_exist_ok=True)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
 
 
 def unusable(path: str | Path, what: str, error: Exception) -> CheckpointError:

@@ -7,13 +7,13 @@ and a state comes back as it was saved. Both files are read without running any 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from qdora.groups import keep_settings
 from qdora.optimizer import CompensatedAdamW
@@ -36,39 +36,31 @@ def save_states(checkpoint: Path, optimizer: dict[str, Any], schedule: Any) -> N
 def load_states(checkpoint: Path, step: int, optimizer: Any, schedule: Any) -> None:
     """Put them where that checkpoint left them; with decay and betas as they are asked for now.
 
-    A rate is the schedule's, and goes on. Without an optimizer's state there, this one's begins afresh.
+    A rate is the schedule's, and goes on. Without an optimizer's state there, this one's begins afresh, at the place of
+    its own schedule that is that step's.
 
     Args:
         step: the checkpoint's.
 
     Raises:
-        ValueError: the state is another optimizer's.
+        ValueError: the state is another optimizer's, or another kind of schedule's.
     """
-    if (checkpoint / _OPTIMIZER).is_file():
+    has_optimizer, has_schedule = ((checkpoint / name).is_file() for name in (_OPTIMIZER, _SCHEDULE))
+    if has_optimizer:
         fresh, saved = [dict(group) for group in optimizer.param_groups], _read(checkpoint / _OPTIMIZER)
         optimizer.load_state_dict(saved)
         _widen(getattr(optimizer, "optimizer", optimizer), saved)
         keep_settings(optimizer.param_groups, fresh)
-        if (checkpoint / _SCHEDULE).is_file():
+    if has_optimizer and has_schedule:
+        try:
             schedule.load_state_dict(_read(checkpoint / _SCHEDULE))
-    else:
-        _advance(checkpoint / _SCHEDULE, step, optimizer, schedule)
-
-
-def _advance(file: Path, step: int, optimizer: Any, schedule: Any) -> None:
-    """Let a fresh optimizer have the rates of that step."""
-    saved = _read(file) if file.is_file() else {}
-    rates = saved.get("_last_lr", ())
-    if len(rates) == len(optimizer.param_groups):
-        schedule.load_state_dict(saved)
-    elif not isinstance(schedule, ReduceLROnPlateau):  # which steps by what was measured
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError("its schedule is of another kind") from None
+    elif "metrics" not in inspect.signature(schedule.step).parameters:  # some step by what was measured
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             for _ in range(step):
                 schedule.step()
-        rates = schedule.get_last_lr()
-    for group, rate in zip(optimizer.param_groups, rates, strict=False):
-        group["lr"] = rate
 
 
 def _widen(optimizer: Any, saved: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qdora.errors import CheckpointError, DataError, shown
 from qdora.sources import local_model, unusable
 
-__all__ = ["adapter_tokenizer", "check_ids", "load_tokenizer", "tokenizer_of", "use_template"]
+__all__ = ["TEMPLATE_FILE", "check_ids", "load_tokenizer", "template_beside", "tokenizer_of", "use_template"]
+
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 def load_tokenizer(
@@ -44,25 +47,31 @@ def tokenizer_of(
 
     The adapter's, if it brings a chat template: training may have used another than the model's.
     """
-    own = None if adapter is None else adapter_tokenizer(adapter, trust_remote_code)
-    return (load_tokenizer(model, trust_remote_code), "the model") if own is None else (_padding(own), "the adapter")
-
-
-def adapter_tokenizer(adapter: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside an adapter, if it has a chat template: the adapter has learned to answer in that.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    if not (Path(adapter) / "tokenizer_config.json").is_file():
-        return None
+    if adapter is None or template_beside(adapter) is None:
+        return load_tokenizer(model, trust_remote_code), "the model"
     try:
         tokenizer = AutoTokenizer.from_pretrained(Path(adapter), trust_remote_code=trust_remote_code)
         tokenizer("a b")
     except Exception as error:
         # tokenizer files fail in as many ways as there are kinds of tokenizers
         raise unusable(adapter, "tokenizer", error) from None
-    return tokenizer if tokenizer.chat_template else None
+    return _padding(tokenizer), "the adapter"
+
+
+def template_beside(adapter: str | Path) -> str | None:
+    """The chat template of the tokenizer that lies beside an adapter, if it has one: in it the adapter was trained."""
+    directory = Path(adapter)
+    try:
+        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if (directory / TEMPLATE_FILE).is_file():
+            return (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
+        found = settings.get("chat_template")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    if isinstance(found, list):  # several by their names
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) and found else None
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -329,7 +329,9 @@ class AdapterTrainer(SFTTrainer):
 
     def _get_train_sampler(self, *given: Any, **named: Any) -> Any:
         sampler = super()._get_train_sampler(*given, **named)
-        return EpochSeeded(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return EpochSeeded(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def get_eval_dataloader(self, *given: Any, **named: Any) -> Any:
         """Over all rows: `--dataloader_drop_last` is about steps."""

@@ -156,3 +156,5 @@ def test_what_is_measured_with_the_log_is_saved_with_it() -> None:
     flags = ["--eval_dataset", "e", "--eval_strategy", "steps", "--logging_steps", "3"]
     _, training = parse_train([*NEEDED, *flags])
     assert (training.eval_steps, training.save_steps, training.load_best_model_at_end) == (3, 3, True)
+    _, training = parse_train([*NEEDED, *flags[:4]])
+    assert training.eval_steps == training.save_steps == training.logging_steps

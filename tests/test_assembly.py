@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,3 +59,12 @@ def test_what_does_not_fit_together(tiny_nf4: Path, pairs_file: Path, tmp_path: 
     clash = {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"selective": True}}
     with pytest.raises(ConfigError, match=r"these training flags do not fit together: "):
         built(tiny_nf4, pairs_file, tmp_path, **clash)
+
+
+def test_an_optimizer_s_average_is_what_is_measured_and_saved(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """A schedule-free one trains at one point, and finds another."""
+    trainer, calls = built(tiny_nf4, pairs_file, tmp_path, eval_dataset=str(pairs_file)), []
+    trainer.optimizer = SimpleNamespace(eval=lambda: calls.append("eval"))
+    trainer.evaluate()
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert calls == ["eval", "eval"]

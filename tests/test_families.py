@@ -145,6 +145,21 @@ def test_what_chooses_experts_keeps_its_bits(tmp_path: Path) -> None:
     assert torch.equal(plain.get_parameter_or_buffer(name), tensors[name])
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_an_expert_beyond_float16_is_said(name: str, tmp_path: Path) -> None:
+    """Its key is none of the model's, whose experts are stacked."""
+    source, adapter = make_family(name, tmp_path / "source"), tmp_path / "adapter"
+    tensors = load_file(source / "model.safetensors")
+    key = next(key for key in tensors if ".experts.1." in key)
+    tensors[key][0, 0] = 70_000.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    model = qdora.load_model(source, adapter=ADAPTER, load_in_4bit=False)
+    qdora.save_adapter(model, adapter)
+    with pytest.raises(qdora.NumericsError, match="is not finite in float16"):
+        qdora.merge(source, adapter, tmp_path / "merged", verify=False)
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
 def test_streamed_experts_train_to_the_same_bits(name: str, pairs_file: Path, tmp_path: Path) -> None:
     """With adapters on experts too; and a 16-bit model that is quantized as it loads is the NF4 checkpoint."""

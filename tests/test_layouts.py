@@ -29,6 +29,11 @@ def test_the_last_answer_can_be_another(row: dict[str, Any], layout: str) -> Non
     assert other.keys() == row.keys()
 
 
+def test_the_answer_put_there_counts() -> None:
+    row = {"messages": [USER, {**ASSISTANT, "weight": 0}]}
+    assert with_last_answer(row, "messages", "43.") == {"messages": [USER, {**ASSISTANT, "content": "43."}]}
+
+
 def test_no_answer() -> None:
     with pytest.raises(DataError, match="row 7: plain text has no question"):
         last_answer({"text": "42."}, "text", "row 7")

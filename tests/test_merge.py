@@ -17,6 +17,7 @@ from qdora.adapterfile import read_adapter
 from qdora.config import ends_in
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
+from qdora.tokenizer import template_beside
 from qdora.verbs.merge import _progress
 from qdora.verify import compare
 from qdora.whole import trained_whole
@@ -348,7 +349,19 @@ def test_the_template_that_was_learned_goes_along(tiny_nf4: Path, tiny_adapter: 
     shutil.copytree(tiny_adapter, adapter)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}|{% endfor %}"
     tokenizer.save_pretrained(adapter)
-    qdora.merge(tiny_nf4, adapter, tmp_path / "out", verify=False)
+    base = tmp_path / "base"
+    shutil.copytree(tiny_nf4, base)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    qdora.merge(base, adapter, tmp_path / "out", verify=False)
     merged = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert merged.chat_template == tokenizer.chat_template
+    (adapter / "chat_template.jinja").unlink()
+    (adapter / "tokenizer.json").write_text("{")  # of no use without a template, and no obstacle either
+    qdora.merge(base, adapter, tmp_path / "out", verify=False, overwrite=True)
+    assert set(AutoTokenizer.from_pretrained(tmp_path / "out").chat_template) == {"default", "tools"}
+    config = json.loads((adapter / "tokenizer_config.json").read_text())
+    templates = [{"name": "other", "template": "o"}, {"name": "default", "template": "d"}]
+    (adapter / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": templates}))
+    assert template_beside(adapter) == "d"
     assert merged.get_vocab() == AutoTokenizer.from_pretrained(tiny_nf4).get_vocab()

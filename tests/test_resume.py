@@ -404,7 +404,7 @@ def test_a_fresh_optimizer_goes_on_with_the_schedule(tiny_nf4: Path, pairs_file:
     assert rates == pytest.approx([6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3])
 
 
-@pytest.mark.parametrize("change", ["data", "metric", "neither"])
+@pytest.mark.parametrize("change", ["data", "metric", "length", "neither"])
 def test_the_best_of_another_measure_counts_for_nothing(
     change: str, tiny_nf4: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -415,8 +415,12 @@ def test_the_best_of_another_measure_counts_for_nothing(
     flags = {"eval_steps": 4, "learning_rate": 5e-3, "resume_from_checkpoint": None}
     quick(tiny_nf4, pairs_file, tmp_path / "out", **flags, eval_dataset=str(easy), max_steps=8)
     flags |= {"eval_dataset": str(hard if change == "data" else easy), "resume_from_checkpoint": "last"}
+    if change == "length":
+        flags |= {"max_length": 32}
     if change == "metric":
         flags |= {"eval_exact_match": 4, "metric_for_best_model": "exact_match"}
+    killed(10, tiny_nf4, pairs_file, tmp_path / "out", **flags, max_steps=16)  # before its first own checkpoint
+    capsys.readouterr()
     report = quick(tiny_nf4, pairs_file, tmp_path / "out", **flags, max_steps=16)
     said = "checkpoint-8 was measured otherwise; the best is chosen from here on" in capsys.readouterr().out
     assert said == (change != "neither")

@@ -12,8 +12,7 @@ LENGTHS = list(range(1, 41))
 
 def order(epoch: int, seed: int = 3, drawn: int = 0) -> list[int]:
     torch.manual_seed(drawn)
-    sampler = EpochSeeded(LengthGroupedSampler(4, lengths=LENGTHS), seed)
-    sampler.set_epoch(epoch)
+    sampler = EpochSeeded(LengthGroupedSampler(4, lengths=LENGTHS), seed, lambda: epoch)
     assert len(sampler) == len(LENGTHS)
     return list(sampler)
 

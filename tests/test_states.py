@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from transformers.optimization import GreedyLR
 
 from qdora.states import load_states, save_states
 
@@ -46,22 +47,33 @@ def test_what_is_saved_comes_back_in_its_dtypes(tmp_path: Path) -> None:
     assert again.param_groups[0]["lr"] == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_fresh_optimizer_has_the_rate_of_its_step(kept: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [["optimizer.pt"], ["scheduler.pt"], []])
+def test_the_schedule_stands_at_its_step_whatever_is_left(left: list[str], tmp_path: Path) -> None:
     optimizer, schedule = stepped(4)
     save_states(tmp_path, optimizer.state_dict(), schedule)
-    (tmp_path / "optimizer.pt").unlink()
-    if not kept:
-        (tmp_path / "scheduler.pt").unlink()
-    again, its_schedule = made(torch.optim.SGD)
+    for name in {"optimizer.pt", "scheduler.pt"} - set(left):
+        (tmp_path / name).unlink()
+    again, its_schedule = made()
     load_states(tmp_path, 4, again, its_schedule)
     assert again.param_groups[0]["lr"] == pytest.approx(0.6)
-    assert not again.state
+    assert bool(again.state) == ("optimizer.pt" in left)
     its_schedule.step()
     assert again.param_groups[0]["lr"] == pytest.approx(0.5)
 
 
-def test_a_schedule_that_steps_by_what_is_measured_begins_afresh(tmp_path: Path) -> None:
-    optimizer, _ = made()
-    load_states(tmp_path, 4, optimizer, ReduceLROnPlateau(optimizer))
-    assert optimizer.param_groups[0]["lr"] == 1.0
+@pytest.mark.parametrize("kind", [ReduceLROnPlateau, GreedyLR])
+def test_a_schedule_that_steps_by_what_is_measured_begins_afresh(kind: Any, tmp_path: Path) -> None:
+    optimizer, schedule = stepped(2)
+    save_states(tmp_path, optimizer.state_dict(), schedule)
+    (tmp_path / "optimizer.pt").unlink()
+    again, _ = made()
+    load_states(tmp_path, 2, again, kind(again))
+    assert again.param_groups[0]["lr"] == 1.0
+
+
+def test_another_kind_of_schedule_is_refused(tmp_path: Path) -> None:
+    optimizer, _ = stepped(2)
+    save_states(tmp_path, optimizer.state_dict(), ReduceLROnPlateau(optimizer))
+    again, schedule = made()
+    with pytest.raises(ValueError, match="its schedule is of another kind"):
+        load_states(tmp_path, 2, again, schedule)

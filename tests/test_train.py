@@ -283,3 +283,8 @@ def test_a_stranger_s_checkpoint_runs_no_code(tiny_nf4: Path, pairs_file: Path, 
     with pytest.raises(CheckpointError, match="might run code"):
         quick(tiny_nf4, pairs_file, tmp_path / "refused", **resumed)
     assert not canary.exists()
+
+
+def test_a_schedule_s_setting_that_is_none(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training did not start: .*foo.*; check the flags"):
+        quick(tiny_nf4, pairs_file, tmp_path, lr_scheduler_type="cosine", lr_scheduler_kwargs={"foo": 0.5})

@@ -12,6 +12,7 @@ Peak memory is a few copies of the largest tensor and one output shard, whatever
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ from qdora.errors import CheckpointError
 from qdora.kinship import Kinship
 from qdora.output import check_output, new_directory, write_json
 from qdora.shards import ShardWriter, format_bytes, parse_size
-from qdora.sources import MERGE_RECORD, copy_side_files, local_model
-from qdora.tokenizer import adapter_tokenizer, load_tokenizer
+from qdora.sources import MERGE_RECORD, TEMPLATES, copy_side_files, local_model
+from qdora.tokenizer import TEMPLATE_FILE, load_tokenizer, template_beside
 from qdora.verify import Comparison, compare, fits_in_memory
 
 __all__ = ["MergeReport", "merge"]
@@ -104,15 +105,13 @@ def merge(
             f"{adapter} was trained on 16-bit weights, and {base} holds NF4 ones, on which it is another function; "
             "name the 16-bit model, or pass --allow_other_base"
         )
-    tokenizer = adapter_tokenizer(adapter, trust_remote_code)
     with new_directory(out, overwrite) as directory:
         with ShardWriter(directory, shard_bytes) as writer:
             is_parted = _write_tensors(writer, stored, file, out_dtype)
         report = MergeReport(Path(out), stored.kind, dtype, len(file.linears), writer.total_bytes, comparison=None)
         _write_config(source, directory, dtype, is_parted)
         copy_side_files(source, directory)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+        _take_template_along(adapter, directory)
         # The comparison comes before the result gets its name: what fails it is not left behind as a success.
         report.not_compared = _reason_against(
             verify, fits_in_memory(stored.reader, stored.linears), directory, trust_remote_code
@@ -195,6 +194,15 @@ def _write_config(source: Path, directory: Path, dtype: str, parted: bool) -> No
         config["tie_word_embeddings"] = False
     config.pop("torch_dtype", None)
     write_json(directory / "config.json", {**config, "dtype": dtype})
+
+
+def _take_template_along(adapter: str | Path, directory: Path) -> None:
+    """The chat template that the adapter has learned to answer in, instead of the base's."""
+    template = template_beside(adapter)
+    if template is not None:
+        (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        (directory / "chat_template.json").unlink(missing_ok=True)  # as earlier releases of transformers wrote it
+        shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
 
 
 def _write_record(directory: Path, report: MergeReport, base: str | Path, adapter: str | Path, known: Kinship) -> None:

@@ -266,10 +266,10 @@ def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
     if beginning.trained:
         trainer.stand_at(beginning.checkpoint)
         return
-    trainer.measures_anew = beginning.measures_anew
-    if beginning.checkpoint is not None:
+    trainer.measures_anew = beginning.measures_anew and not beginning.same
+    if beginning.same:
         trainer.args.eval_on_start = False  # it was measured, and early stopping would count it twice
-    if beginning.measures_anew and trainer.args.load_best_model_at_end:
+    if trainer.measures_anew and trainer.args.load_best_model_at_end:
         say(f"{beginning.checkpoint} was measured otherwise; the best is chosen from here on")
     # How patient early stopping still is, for one: without that a resumed run might end at another step.
     trainer.args.restore_callback_states_from_checkpoint |= beginning.same
@@ -291,7 +291,7 @@ def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
             f"training stopped after {trainer.state.global_step} steps: {reason(error)}; check the flags"
         ) from error
     except TypeError as error:
-        if trainer.state.global_step:
+        if trainer.state.global_step not in (0, beginning.step):
             raise
         # a schedule or an optimizer lacks a setting, or has one too many
         raise ConfigError(f"training did not start: {reason(error)}; check the flags") from error
