@@ -85,8 +85,8 @@ def is_learned(message: Row) -> bool:
 def settings_of(row: Row, where: str) -> dict[str, Any]:
     """What the row asks of the template: its `chat_template_kwargs`."""
     settings = row.get("chat_template_kwargs")
-    if isinstance(settings, str) and settings.strip():
-        settings = parse_json(settings, f"{where}, chat_template_kwargs")
+    if isinstance(settings, str):
+        settings = parse_json(settings, f"{where}, chat_template_kwargs") if settings.strip() else None
     if settings is not None and not isinstance(settings, dict):
         raise DataError(f"{where}: the field 'chat_template_kwargs' must be an object, found {type(settings).__name__}")
     return {name: value for name, value in (settings or {}).items() if value is not None}

@@ -43,6 +43,7 @@ def test_a_row_may_set_the_template_s_variables() -> None:
     assert with_it.startswith("apples ")
     assert without.startswith("dogs ")
     assert settings_of({"chat_template_kwargs": '{"a": 1, "b": null}'}, "row 1") == {"a": 1}
+    assert settings_of({"chat_template_kwargs": " "}, "row 1") == {}
 
 
 @pytest.mark.parametrize("name", ["chat_template", "tokenize", "add_generation_prompt"])
