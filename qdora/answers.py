@@ -45,10 +45,12 @@ class Answered:
 
 def questions(data: EncodedData) -> list[Question]:
     """The rows' last answers as questions; plain text has none."""
+    if data.layout == TEXT:
+        return []
     found = []
     for ids, labels in zip(data.input_ids, data.labels, strict=True):
         first, end = last_answer_in(labels)
-        if data.layout != TEXT and first > 0:
+        if first > 0:
             found.append(Question(ids[:first], ids[first:end]))
     return found
 

@@ -101,14 +101,13 @@ class Linears:
         Raises:
             NumericsError: it is not finite, or would not be; unless the model does not read it (a causal mask of -inf).
         """
-        # An expert's key is none of the model's, whose experts are stacked.
-        is_read = key.endswith(".weight") or self.named(key, self.read) is not None
         if any(f".{part}." in f".{key}." for part in self.precise):
             dtype = tensor.dtype
         try:
             return in_sixteen_bits(key, tensor, dtype)
         except NumericsError:
-            if is_read:
+            # An expert's key is none of the model's, whose experts are stacked.
+            if key.endswith(".weight") or self.named(key, self.read) is not None:
                 raise
             return tensor
 

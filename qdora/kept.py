@@ -30,6 +30,7 @@ __all__ = [
     "last_checkpoint",
     "name_checkpoint",
     "scratch_of",
+    "state_of",
     "step_of",
 ]
 
@@ -48,7 +49,7 @@ def fault_of(checkpoint: Path, complete: bool) -> str | None:
     states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states]
     tensors = [checkpoint / "adapter_model.safetensors", *checkpoint.glob("magnitude_offsets.safetensors")]
     try:
-        TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        state_of(checkpoint)
         for path in tensors if complete else ():
             with safe_open(path, framework="pt"):
                 pass
@@ -64,6 +65,11 @@ def fault_of(checkpoint: Path, complete: bool) -> str | None:
         # zipfile raises a dozen kinds of errors, and a damaged state as many again
         return reason(error)
     return None
+
+
+def state_of(checkpoint: str | Path) -> TrainerState:
+    """The trainer's state, as a checkpoint holds it."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:

@@ -26,6 +26,7 @@ from qdora.errors import ConfigError, OutputError, QDoRAError, reason
 from qdora.lock import locked
 
 __all__ = [
+    "TEMPLATES",
     "UNFINISHED",
     "check_output",
     "flush",
@@ -41,8 +42,9 @@ __all__ = [
 ]
 
 UNFINISHED = ".unfinished"
+TEMPLATES = "additional_chat_templates"
 # Directories in one that is a model's.
-_A_MODEL_HAS = ("additional_chat_templates", "__pycache__")
+_A_MODEL_HAS = (TEMPLATES, "__pycache__")
 
 
 def check_output(out: str | Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> Path:

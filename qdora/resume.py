@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback
 
 from qdora.distributed import processes, say
 from qdora.errors import CheckpointError, ConfigError
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
-from qdora.kept import STATE_FILE, checkpoints_in, discard, fault_of, last_checkpoint, step_of
+from qdora.kept import STATE_FILE, checkpoints_in, discard, fault_of, last_checkpoint, state_of, step_of
 from qdora.output import UNFINISHED, write_json, writing
 from qdora.shards import ShardReader, fingerprint
 
@@ -70,16 +70,14 @@ class Start:
     @property
     def step(self) -> int:
         """Of that checkpoint."""
-        if self.checkpoint is None:
-            return 0
-        return int(TrainerState.load_from_json(str(Path(self.checkpoint) / STATE_FILE)).global_step)
+        return 0 if self.checkpoint is None else int(state_of(self.checkpoint).global_step)
 
     @property
     def trained(self) -> bool:
         """Whether nothing is left to train: the checkpoint is the last one, and the run ended while it was put away."""
         if self.checkpoint is None or not self.same:
             return False
-        state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE_FILE))
+        state = state_of(self.checkpoint)
         control: Any = state.stateful_callbacks.get("TrainerControl", {})
         stopped = isinstance(control, dict) and control.get("args", {}).get("should_training_stop", False)
         return bool(state.global_step >= state.max_steps or stopped)
@@ -129,7 +127,7 @@ def _from(checkpoint: Path, settings: dict[str, Any], record: dict[str, Any] | N
     Args:
         record: of the directory that holds the checkpoint, if that is of a run with these settings.
     """
-    state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    state = state_of(checkpoint)
     step, known = state.global_step, record or {}
     anew = bool(known.get("measures_anew"))
     if record is not None and step > record.get("began_at", 0):

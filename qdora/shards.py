@@ -41,9 +41,9 @@ __all__ = [
 ]
 
 SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 # Beginnings of the names of dtypes that are a code beside scales.
 _WITH_SCALES = ("F8", "F6", "F4")
-INDEX_FILE = "model.safetensors.index.json"
 _WINDOWS, _WINDOW_BYTES = 16, 4096
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

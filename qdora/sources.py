@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qdora.errors import CheckpointError, reason
 from qdora.kinship import QUANTIZE_RECORD
+from qdora.output import TEMPLATES
 from qdora.shards import INDEX_FILE
 
 __all__ = [
     "MERGE_RECORD",
-    "TEMPLATES",
     "check_complete",
     "copy_side_files",
     "find_gguf",
@@ -32,7 +32,6 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 MERGE_RECORD = "qdora_merge.json"
-TEMPLATES = "additional_chat_templates"
 _NOT_COPIED = (INDEX_FILE, "config.json", "adapter_config.json", "trainer_state.json", QUANTIZE_RECORD, MERGE_RECORD)
 # The same weights once more, as their makers' own programs read them.
 _NOT_FETCHED = ("consolidated*.safetensors", "original/*")

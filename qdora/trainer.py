@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
@@ -24,7 +24,7 @@ from qdora.distributed import whole
 from qdora.errors import ConfigError, reason
 from qdora.flags import MEASURED_PLAINLY, PLAIN_LOSSES
 from qdora.groups import Rates, parameter_groups, rates_by_part
-from qdora.kept import STATE_FILE, checkpoint_of, clear_scratch, keep_newest, name_checkpoint, scratch_of
+from qdora.kept import STATE_FILE, checkpoint_of, clear_scratch, keep_newest, name_checkpoint, scratch_of, state_of
 from qdora.loss import CHUNK_BYTES, IGNORED
 from qdora.measure import score
 from qdora.numerics import FiniteGuard, check_weights, refuse_evaluation
@@ -294,7 +294,7 @@ class AdapterTrainer(SFTTrainer):
 
     def stand_at(self, checkpoint: str) -> None:
         """As after a training whose last checkpoint this is: what was to be kept is loaded, nothing is trained."""
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
+        self.state = state_of(checkpoint)
         self.state.best_model_checkpoint = self._best_checkpoint()
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         load_adapter(self.model, best or checkpoint)

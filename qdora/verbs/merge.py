@@ -30,9 +30,9 @@ from qdora.baseweights import StoredBase
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError
 from qdora.kinship import Kinship
-from qdora.output import check_output, new_directory, write_json
+from qdora.output import TEMPLATES, check_output, new_directory, write_json
 from qdora.shards import ShardWriter, format_bytes, parse_size
-from qdora.sources import MERGE_RECORD, TEMPLATES, copy_side_files, local_model
+from qdora.sources import MERGE_RECORD, copy_side_files, local_model
 from qdora.tokenizer import TEMPLATE_FILE, load_tokenizer, template_beside
 from qdora.verify import Comparison, compare, fits_in_memory
 
