@@ -7,7 +7,7 @@ of these files may come from a stranger: nothing in them is believed before it w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory / WEIGHTS_FILE} is missing or damaged: {reason(error)}") from None
     whole = _taken_whole(tensors, config, directory)
+    config = replace(config, modules_to_save=_names_of(whole, config.modules_to_save))
     linears = {
         name: _linear_adapter(name, parts, config, directory) for name, parts in _grouped(tensors, directory).items()
     }
@@ -181,14 +182,24 @@ def _taken_whole(tensors: dict[str, Tensor], config: AdapterConfig, directory: P
     for key in [key for key in tensors if names and not key.endswith(tuple(_PARTS))]:
         name = key.removeprefix(PREFIX)
         # Of a pair that stays tied PEFT's config names one, and its file holds both.
-        if config.ensure_weight_tying or any(ends_in(name.rpartition(".")[0], module) for module in names):
+        if config.ensure_weight_tying or name.rpartition(".")[0].endswith(names):
             whole[name] = tensors.pop(key)
             if not torch.isfinite(whole[name]).all():
                 raise CheckpointError(f"{directory} holds values that are not finite in {name!r}")
-    absent = [name for name in names if not any(ends_in(key.rpartition(".")[0], name) for key in whole)]
+    absent = [name for name in names if not any(key.rpartition(".")[0].endswith(name) for key in whole)]
     if absent:
         raise CheckpointError(f"{directory} names {absent[0]!r} in modules_to_save, and holds no weight of it")
     return whole
+
+
+def _names_of(whole: Iterable[str], names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the modules of these weights; paths, if a name was meant as PEFT means it.
+
+    To PEFT `norm` is the end of `input_layernorm`, to us it is a whole part of a path.
+    """
+    paths = tuple(dict.fromkeys(key.rpartition(".")[0] for key in whole))
+    meant = [path for path in paths if path.endswith(names)]
+    return names if all(any(ends_in(path, name) for name in names) for path in meant) else paths
 
 
 def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str, Tensor]]:
@@ -196,7 +207,9 @@ def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str,
     for key, tensor in tensors.items():
         suffix = next((suffix for suffix in _PARTS if key.endswith(suffix)), None)
         if suffix is None:
-            raise CheckpointError(f"{directory} holds {key!r}, which is no part of a LoRA or DoRA linear")
+            raise CheckpointError(
+                f"{directory} holds {shown(key)}, which is no part of a LoRA or DoRA linear{_why_not(key)}"
+            )
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(f"{directory} holds {tensor.dtype} in {key!r}; an adapter is in float32 or 16 bits")
         if not torch.isfinite(tensor).all():
@@ -205,6 +218,15 @@ def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str,
     if not grouped:
         raise CheckpointError(f"{directory} holds no adapter tensors")
     return grouped
+
+
+def _why_not(key: str) -> str:
+    """What PEFT puts under such a key, and what can be done."""
+    if ".lora_embedding_" in key or ".base_layer." in key:
+        return ": it adapts embedding or head, which can only be trained whole here (modules_to_save); merge it by PEFT"
+    if key.endswith(".weight") and ".lora_" not in key:
+        return ": PEFT saves an embedding that was given more tokens so; merge it by PEFT"
+    return ""
 
 
 def _linear_adapter(name: str, parts: dict[str, Tensor], config: AdapterConfig, directory: Path) -> LinearAdapter:

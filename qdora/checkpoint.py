@@ -36,7 +36,7 @@ from qdora.config import ALL_LINEAR, AdapterConfig, short_name
 from qdora.distributed import local, spread_like, whole
 from qdora.dora import DoRALinear
 from qdora.errors import CheckpointError, ConfigError, shown
-from qdora.inject import adapted_linears, attach, linear_paths, linear_shape
+from qdora.inject import adapted_linears, attach, is_head, linear_paths, linear_shape
 from qdora.kinship import Ancestry, answers_of, kinship, probed_paths
 from qdora.nf4 import NF4Weight
 from qdora.nf4format import BLOCKSIZE
@@ -145,6 +145,11 @@ def _check_fits(adapter: AdapterFile, model: nn.Module) -> None:
     paths = set(linear_paths(model))
     for name, linear in adapter.linears.items():
         if name not in paths:
+            if is_head(model, name):
+                raise CheckpointError(
+                    f"the adapter adapts the head ({name}), which can only be trained whole here (modules_to_save); "
+                    "merge it by PEFT"
+                )
             raise CheckpointError(
                 f"the adapter is for another model: it adapts {shown(name)}, which is not a linear here"
                 f"{f'; it was made for {adapter.base_model!r}' if adapter.base_model else ''}"

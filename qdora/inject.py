@@ -33,6 +33,7 @@ __all__ = [
     "freeze_dense",
     "freeze_packed",
     "hold_outputs",
+    "is_head",
     "left_alone",
     "linear_paths",
     "linear_shape",
@@ -60,6 +61,12 @@ def left_alone(model: nn.Module) -> list[str]:
     """Paths of linears that stay as they are: they choose among experts, the model reads their weight itself, or they
     share it."""
     return [*router_paths(model), *bypassed_paths(model), *shared_paths(model)]
+
+
+def is_head(model: nn.Module, path: str) -> bool:
+    """Whether the output head is at this path."""
+    head = _head_of(model)
+    return head is not None and dict(model.named_modules()).get(path) is head
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
@@ -97,19 +104,21 @@ def adapted_linears(model: nn.Module) -> dict[str, DoRALinear]:
 def freeze_packed(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace each of bitsandbytes' 4-bit linears by a `FrozenLinear` over the same memory, in place.
 
-    A head that somebody quantized becomes an ordinary linear of `dtype`: losses and generation read its weight.
+    One whose weight is read elsewhere becomes an ordinary linear of `dtype`, if somebody quantized it: the head, for
+    losses and generation, and those that are bypassed (see `bypassed`).
 
     Raises:
         CheckpointError: a weight has another shape than its module; neither transformers nor bitsandbytes looks.
     """
-    head = _head_of(model)
+    head, bypassed = _head_of(model), {*bypassed_paths(model)}
     for path, module in list(model.named_modules()):
         if is_packed_linear(module):
             base, bias = _base_of(module)
             expected, found = linear_shape(module), (base.out_features, base.in_features)
             if found != expected:
                 raise CheckpointError(f"the weight of {path} is {found}, and {expected} by config.json")
-            model.set_submodule(path, _dense_linear(base, bias, dtype) if module is head else FrozenLinear(base, bias))
+            is_read = module is head or path in bypassed
+            model.set_submodule(path, _dense_linear(base, bias, dtype) if is_read else FrozenLinear(base, bias))
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -56,7 +56,7 @@ def local_model(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(
+        fetched = Path(
             snapshot_download(
                 str(path), allow_patterns=["*.safetensors", *_SIDE_FILES], ignore_patterns=list(_NOT_FETCHED)
             )
@@ -65,6 +65,11 @@ def local_model(path: str | Path) -> Path:
         raise CheckpointError(
             f"no model at {path}: not a directory here, and the Hub gave none ({reason(error)})"
         ) from None
+    if not any(fetched.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{path} has no safetensors on the Hub; name a copy that has, or convert it and name the directory"
+        )
+    return fetched
 
 
 def find_gguf(path: str | Path) -> Path | None:

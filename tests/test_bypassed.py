@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+import qdora
+from qdora import AdapterConfig
 from qdora.bypassed import bypassed_paths, shared_paths
-from qdora.inject import linear_paths
+from qdora.inject import adapted_linears, linear_paths
+from qdora.nf4 import is_packed_linear
 from tests.families import FAMILIES
 
 
@@ -79,3 +84,28 @@ def test_in_real_families(kind: str, expected: set[str]) -> None:
     inner = [path for path in bypassed_paths(model) if not path.endswith("lm_head")]
     assert {path.rpartition(".")[2] for path in inner} == expected
     assert not {*linear_paths(model)} & {*inner}
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own
+def test_one_that_somebody_quantized_is_dense_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = {**FAMILIES["mamba"], "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **settings)).save_pretrained(tmp_path / "dense")
+    in_nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["lm_head"],
+        bnb_4bit_compute_dtype="float32",
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=in_nf4)
+    theirs.save_pretrained(tmp_path / "nf4")
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    packed = {path: module for path, module in theirs.named_modules() if is_packed_linear(module)}
+    assert {path.rpartition(".")[2] for path in packed} == {"in_proj", "x_proj", "dt_proj", "out_proj"}
+    for path, module in packed.items():
+        values = dequantize_4bit(module.weight, module.weight.quant_state)
+        twin.get_submodule(path).weight.data.copy_(values)
+    ours = qdora.load_model(tmp_path / "nf4", AdapterConfig(rank=2), dtype="float32")
+    assert {path.rpartition(".")[2] for path in adapted_linears(ours)} == {"in_proj"}
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(ours(input_ids=ids).logits, twin(input_ids=ids).logits, rtol=1e-4, atol=1e-5)

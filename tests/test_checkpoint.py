@@ -175,7 +175,8 @@ def damaged(adapter: Path, out: Path, config: dict[str, Any] | None = None, **te
         ({}, {"lora_A.weight": lambda t: t * float("nan")}, "not finite"),
         ({}, {"lora_A.weight": lambda t: None}, "has the parts B, magnitude"),
         ({}, {"lora_B.weight": lambda t: t[:-1].clone()}, "do not agree with rank"),
-        ({}, {"other.weight": torch.ones(1)}, "no part of a LoRA or DoRA linear"),
+        ({}, {"other.bias": torch.ones(1)}, "no part of a LoRA or DoRA linear$"),
+        ({}, {"embed_tokens.weight": torch.ones(1)}, "an embedding that was given more tokens so; merge it by PEFT$"),
     ],
 )
 def test_damaged_adapters(

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import gguf
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,15 @@ def test_a_directory_is_itself_and_anything_else_is_named(tiny: Path, tiny_adapt
     ]:
         with pytest.raises(CheckpointError, match=message):
             local_model(path)
+
+
+def test_a_model_of_the_hub_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **settings: str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"^ada/old has no safetensors on the Hub; name a copy that has, or"):
+        local_model("ada/old")
+    (tmp_path / "model.safetensors").touch()
+    assert local_model("ada/old") == tmp_path
 
 
 def test_a_gguf_file_is_found_alone_or_in_its_directory(tiny: Path, tmp_path: Path) -> None:

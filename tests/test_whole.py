@@ -98,6 +98,7 @@ def test_ours_in_peft_and_merged(
         ("tied", BOTH, True),
         ("tied", BOTH, False),
         ("untied", BOTH, False),
+        ("untied", ("norm",), False),  # to PEFT every layer's norms too
     ],
     ids=str,
 )
@@ -129,6 +130,15 @@ def test_peft_s_in_ours_and_merged(
     assert {tensor.dtype for tensor in written} == {torch.float16}
     stays_one = kind == "tied" and tie
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is stays_one
+
+
+def test_lora_on_embedding_or_head_is_refused(untied: Path, tmp_path: Path) -> None:
+    for target, saves_embeddings in (("lm_head", False), ("lm_head", True), ("embed_tokens", False)):
+        model = AutoModelForCausalLM.from_pretrained(untied)
+        theirs = get_peft_model(model, LoraConfig(target_modules=["q_proj", target], task_type="CAUSAL_LM"))
+        theirs.save_pretrained(tmp_path / target, save_embedding_layers=saves_embeddings)
+        with pytest.raises(CheckpointError, match=rf"{target}.*only be trained whole here .*; merge it by PEFT$"):
+            qdora.load_model(untied, tmp_path / target, load_in_4bit=False)
 
 
 def test_a_pair_that_is_one_weight_stays_one(tiny_nf4: Path, tmp_path: Path) -> None:
