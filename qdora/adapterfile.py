@@ -20,7 +20,7 @@ from torch import Tensor
 from qdora.config import ALL_LINEAR, OTHER_FORWARDS, AdapterConfig, ends_in
 from qdora.errors import CheckpointError, ConfigError, reason, shown
 from qdora.kinship import Ancestry
-from qdora.shards import check_header
+from qdora.shards import header_of
 
 __all__ = [
     "CONFIG_FILE",
@@ -29,7 +29,6 @@ __all__ = [
     "WEIGHTS_FILE",
     "AdapterFile",
     "LinearAdapter",
-    "loads_in_4bit",
     "peft_config",
     "read_adapter",
     "read_offsets",
@@ -119,21 +118,6 @@ class AdapterFile:
         return self.base_kind == "nf4"
 
 
-def loads_in_4bit(asked: bool | None, is_nf4: bool, file: AdapterFile | None, model: str | Path) -> bool:
-    """Whether a model is quantized as it loads: as asked, or by default only if its adapter was trained on NF4.
-
-    Args:
-        asked: `--load_in_4bit`; None if nothing was said.
-        is_nf4: whether the model is in NF4 already.
-
-    Raises:
-        CheckpointError: see `AdapterFile.rounds`.
-    """
-    if asked is not None:
-        return asked
-    return not is_nf4 and file is not None and file.rounds(model, "choose by --load_in_4bit")
-
-
 def read_adapter(path: str | Path) -> AdapterFile:
     """Read an adapter directory and check everything that can be checked without the model.
 
@@ -151,7 +135,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
         tensors = load_file(directory / WEIGHTS_FILE)
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
             metadata = file.metadata() or {}
-        check_header(directory / WEIGHTS_FILE)
+        header_of(directory / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory / WEIGHTS_FILE} is missing or damaged: {reason(error)}") from None
     whole = _taken_whole(tensors, config, directory)

@@ -27,37 +27,16 @@ from qdora.sources import quietly, unusable
 
 __all__ = [
     "Linears",
-    "ModelFacts",
-    "check_quantization",
     "context_of",
     "hollow_model",
+    "is_nf4",
     "is_nf4_checkpoint",
     "load_config",
-    "model_facts",
     "model_linears",
     "quantization_of",
 ]
 
 _MOST_LAYERS = 1_000
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a model's config says."""
-
-    context: int | None
-    """How many tokens it takes."""
-    in_nf4: bool
-
-
-def model_facts(path: str | Path, trust_remote_code: bool = False) -> ModelFacts:
-    """From the config alone; of a Hub id nothing else is fetched.
-
-    Raises:
-        CheckpointError: no model, or quantized otherwise than in NF4.
-    """
-    config = load_config(path, trust_remote_code)
-    return ModelFacts(context_of(config), check_quantization(config, path))
 
 
 def context_of(config: PretrainedConfig) -> int | None:
@@ -134,16 +113,15 @@ def model_linears(directory: Path, skip_modules: tuple[str, ...] = (), trust_rem
     stays = (*heads, *left_alone(model), *skip_modules)
     embeddings = [path for path, module in model.named_modules() if module is model.get_input_embeddings()]
     ends = (f"{embeddings[0]}.weight", f"{heads[0]}.weight") if embeddings and heads else None
-    precise = tuple(sorted(model._keep_in_fp32_modules_strict or ()))
     return Linears(
-        transposed,
-        stays,
-        shapes,
-        key_names(model),
-        tuple(stacks_left(model)),
-        ends,
-        precise,
-        frozenset(model.state_dict()),
+        transposed=transposed,
+        skipped=stays,
+        shapes=shapes,
+        names=key_names(model),
+        stacks=tuple(stacks_left(model)),
+        ends=ends,
+        precise=tuple(sorted(model._keep_in_fp32_modules_strict or ())),
+        read=frozenset(model.state_dict()),
     )
 
 
@@ -164,7 +142,7 @@ def hollow_model(
         CheckpointError: no causal language model.
     """
     config = load_config(path, trust_remote_code)
-    packed = check_quantization(config, path)
+    packed = is_nf4(config, path)
     how = quantization_of(config) if packed else {}
     model = _without_weights(config, path, compute_dtype(dtype), trust_remote_code)
     if packed or load_in_4bit:
@@ -214,27 +192,27 @@ def _check_skip(name: str, model: PreTrainedModel) -> None:
         raise ConfigError(f"skip_modules: {name!r} is neither a name nor a regular expression ({error})") from None
 
 
-def is_nf4_checkpoint(directory: Path, trust_remote_code: bool = False) -> bool:
-    """Whether the directory holds an NF4 checkpoint rather than a 16-bit model.
+def is_nf4_checkpoint(path: str | Path, trust_remote_code: bool = False) -> bool:
+    """Whether this is an NF4 checkpoint rather than a 16-bit model; of a Hub id only the config is fetched.
 
     Raises:
-        CheckpointError: quantized in another way.
+        CheckpointError: no model, or quantized in another way.
     """
-    return check_quantization(load_config(directory, trust_remote_code), directory)
+    return is_nf4(load_config(path, trust_remote_code), path)
 
 
-def load_config(directory: str | Path, trust_remote_code: bool) -> PretrainedConfig:
+def load_config(path: str | Path, trust_remote_code: bool) -> PretrainedConfig:
     """The config of a model's directory, of the file itself or of a Hub id.
 
     Raises:
         CheckpointError: none, or nonsense.
     """
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         _check_config(config.to_dict())
     except Exception as error:
         # a config may be nonsense in more ways than there are kinds of errors
-        raise unusable(directory, "config.json", error) from None
+        raise unusable(path, "config.json", error) from None
     return config
 
 
@@ -256,7 +234,7 @@ def quantization_of(config: PretrainedConfig) -> dict[str, Any]:
     return quantization if isinstance(quantization, dict) else getattr(quantization, "to_dict", dict)()
 
 
-def check_quantization(config: PretrainedConfig, directory: str | Path) -> bool:
+def is_nf4(config: PretrainedConfig, directory: str | Path) -> bool:
     """Whether the model is in NF4 rather than 16 bits.
 
     Args:

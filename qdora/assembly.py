@@ -16,7 +16,6 @@ from qdora.optimizer import CompensatedAdamW
 from qdora.packing import settle_packing
 from qdora.sharding import Sharding
 from qdora.shards import parse_size
-from qdora.signals import StopRequest
 
 __all__ = ["build_trainer"]
 
@@ -28,13 +27,11 @@ def build_trainer(
     corpus: Corpus,
     run: RunArguments,
     sharding: Sharding | None,
-    request: StopRequest,
 ) -> Any:
     """An `AdapterTrainer` over the model and the data, as the flags say.
 
     Args:
         sharding: of the model, if it is sharded.
-        request: where a signal's wish to stop is noted.
 
     Raises:
         ConfigError: flags that do not fit together.
@@ -46,7 +43,7 @@ def build_trainer(
     def dataset(encoded: EncodedData) -> Dataset:
         return Dataset.from_dict({"input_ids": encoded.input_ids, "labels": encoded.labels})
 
-    callbacks, keep = _callbacks(training, run, request), training.save_total_limit
+    callbacks, keep = _callbacks(training, run), training.save_total_limit
     _settle(training)
     model.train()
     try:
@@ -71,10 +68,10 @@ def build_trainer(
         raise ConfigError(f"these training flags do not fit together: {reason(error)}") from None
 
 
-def _callbacks(training: Any, run: RunArguments, request: StopRequest) -> list[Any]:
+def _callbacks(training: Any, run: RunArguments) -> list[Any]:
     from transformers import EarlyStoppingCallback
 
-    from qdora.callbacks import KeepInputsOnHost, MeasureTheEnd, SaveAfterEpoch, StopWhenAsked
+    from qdora.callbacks import KeepInputsOnHost, MeasureTheEnd, SaveAfterEpoch
 
     callbacks: list[Any] = [MovementWatch(), SaveAfterEpoch()]
     if run.early_stopping_patience is not None:
@@ -83,7 +80,6 @@ def _callbacks(training: Any, run: RunArguments, request: StopRequest) -> list[A
         callbacks.append(MeasureTheEnd())
     if training.activation_offloading:
         callbacks.append(KeepInputsOnHost(training.device))
-    callbacks.append(StopWhenAsked(request))  # after those that may end it otherwise
     return callbacks
 
 

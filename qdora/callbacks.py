@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from qdora.kept import checkpoint_of
 from qdora.numerics import FiniteGuard
 from qdora.offload import HostInputs
 from qdora.signals import Stopped, StopRequest
@@ -79,7 +80,7 @@ class StopWhenAsked(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._number and not control.should_training_stop:
-            where = f"{args.output_dir}/checkpoint-{state.global_step}"
+            where = checkpoint_of(args.output_dir, state.global_step)
             at = f" after step {state.global_step} of {state.max_steps}"
             raise Stopped(self._number, f"{at}, saved as {where}; the same command goes on from there")
 

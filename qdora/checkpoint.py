@@ -233,7 +233,7 @@ def _known_ancestry(model: nn.Module) -> Ancestry:
 
 
 def _answers(layer: DoRALinear) -> tuple[float, ...] | None:
-    """To the probe; None if this process holds a part of the weight only."""
+    """The base weight's answers to the probe; None if this process holds only a part of it."""
     base: Any = layer.base
     return None if any(isinstance(p, DTensor) for p in base.parameters()) else answers_of(layer.base)
 

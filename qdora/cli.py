@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from qdora import __version__, screens
 from qdora.errors import ConfigError, QDoRAError, out_of_memory, reason
@@ -73,20 +74,10 @@ def _run(verb: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def _init(arguments: list[str]) -> None:
-    options = parse("init", arguments)
+    options = vars(parse("init", arguments))
     from qdora.verbs.init import init
 
-    report = init(
-        options.model,
-        options.dataset,
-        memory=options.memory,
-        dataset_config=options.dataset_config,
-        chat_template_path=options.chat_template_path,
-        out=options.out,
-        overwrite=options.overwrite,
-        use_cpu=options.use_cpu,
-        trust_remote_code=options.trust_remote_code,
-    )
+    report = init(**options)
     print(report)
     print(f"next: qdora train {report.path}")
 
@@ -99,22 +90,11 @@ def _estimate(arguments: list[str]) -> None:
 
 
 def _quantize(arguments: list[str]) -> None:
-    options = parse("quantize", arguments)
+    options = vars(parse("quantize", arguments))
     from qdora.verbs.quantize import quantize
 
-    report = quantize(
-        options.model,
-        options.out,
-        skip_modules=options.skip_modules,
-        double_quant=not options.no_double_quant,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-        device=options.device,
-        overwrite=options.overwrite,
-        trust_remote_code=options.trust_remote_code,
-    )
-    print(report)
-    print(f"next: qdora init {options.out} DATA.jsonl")
+    print(quantize(**options))
+    print(f"next: qdora init {options['out']} DATA.jsonl")
 
 
 def _train(arguments: list[str]) -> None:
@@ -134,102 +114,47 @@ def _train(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    options = parse("evaluate", arguments)
-    _check_writable(options.output_file)
+    options = vars(parse("evaluate", arguments))
+    file = _writable(options.pop("output_file"))
     from qdora.verbs.evaluate import evaluate
 
-    report = evaluate(
-        options.model,
-        options.dataset,
-        options.adapter,
-        options.merged,
-        dataset_split=options.dataset_split,
-        dataset_config=options.dataset_config,
-        chat_template_path=options.chat_template_path,
-        max_rows=options.max_rows,
-        max_length=options.max_length,
-        exact_match_rows=options.exact_match,
-        choices=options.choices,
-        loss_on_all=not options.completion_only_loss,
-        batch_size=options.per_device_eval_batch_size,
-        dtype=options.dtype,
-        device=options.device,
-        load_in_4bit=options.load_in_4bit,
-        stream_base=options.stream_base,
-        embedding_on_host=options.embedding_on_host,
-        trust_remote_code=options.trust_remote_code,
-        allow_other_base=options.allow_other_base,
-    )
+    report = evaluate(**options)
     print(report)
-    if options.output_file:
-        report.write(options.output_file)
+    _write_figures(report.to_dict(), file)
 
 
 def _chat(arguments: list[str]) -> None:
-    options = parse("chat", arguments)
+    options = vars(parse("chat", arguments))
     from qdora.verbs.chat import chat
 
-    chat(
-        options.model,
-        options.adapter,
-        compare=options.compare,
-        prompts=options.prompts,
-        system=options.system,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-        dtype=options.dtype,
-        device=options.device,
-        load_in_4bit=options.load_in_4bit,
-        stream_base=options.stream_base,
-        embedding_on_host=options.embedding_on_host,
-        trust_remote_code=options.trust_remote_code,
-        allow_other_base=options.allow_other_base,
-    )
+    chat(**options)
 
 
 def _inspect(arguments: list[str]) -> None:
-    options = parse("inspect", arguments)
-    _check_writable(options.output_file)
-    from qdora.output import write_json
+    options = vars(parse("inspect", arguments))
+    file = _writable(options.pop("output_file"))
     from qdora.verbs.inspect import inspect
 
-    report = inspect(
-        options.adapter, options.base, picture=options.picture, trust_remote_code=options.trust_remote_code
-    )
+    report = inspect(**options)
     print(report)
-    if options.output_file:
-        write_json(Path(options.output_file), report.to_dict())
+    _write_figures(report.to_dict(), file)
 
 
 def _merge(arguments: list[str]) -> None:
-    options = parse("merge", arguments)
+    options = vars(parse("merge", arguments))
     from qdora.verbs.merge import merge
 
-    merged = merge(
-        options.base,
-        options.adapter,
-        options.out,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-        verify=options.verify,
-        onto_original=options.onto_original,
-        overwrite=options.overwrite,
-        trust_remote_code=options.trust_remote_code,
-        allow_other_base=options.allow_other_base,
-    )
-    print(merged)
-    print(f"next: qdora chat {options.out}")
+    print(merge(**options))
+    print(f"next: qdora chat {options['out']}")
 
 
 def _completion(arguments: list[str]) -> None:
-    options = parse("completion", arguments)
-    if options.shell not in SHELLS:
-        raise ConfigError(f"no completion for {options.shell!r}; there is {', '.join(SHELLS)}")
+    shell = parse("completion", arguments).shell
+    if shell not in SHELLS:
+        raise ConfigError(f"no completion for {shell!r}; there is {', '.join(SHELLS)}")
     import shtab
 
-    print(shtab.complete(_whole_parser(), shell=options.shell))
+    print(shtab.complete(_whole_parser(), shell=shell))
 
 
 def _whole_parser() -> argparse.ArgumentParser:
@@ -245,10 +170,19 @@ def _whole_parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _check_writable(file: str | None) -> None:
-    """That a file can be put there, before the long work."""
-    if file is not None and (not Path(file).parent.is_dir() or Path(file).is_dir()):
+def _writable(file: str | None) -> Path | None:
+    """Where the figures go, found fault with before the long work."""
+    path = None if file is None else Path(file)
+    if path is not None and (not path.parent.is_dir() or path.is_dir()):
         raise ConfigError(f"cannot write {file}: its directory is missing, or it is one; choose another --output_file")
+    return path
+
+
+def _write_figures(figures: dict[str, Any], file: Path | None) -> None:
+    from qdora.output import write_json
+
+    if file is not None:
+        write_json(file, figures)
 
 
 _VERBS: dict[str, Callable[[list[str]], None]] = {

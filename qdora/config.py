@@ -83,12 +83,11 @@ class AdapterConfig:
             raise ConfigError(f"dropout must be in [0, 1), found {shown(self.dropout)}")
         if self.dtype not in _DTYPES:
             raise ConfigError(f"adapter dtype must be one of {', '.join(_DTYPES)}, found {shown(self.dtype)}")
-        patterns = [*self.rank_pattern, *self.alpha_pattern]
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
-            patterns.append(self.target_modules)
-        patterns += [_at_the_end(pattern) for pattern in patterns[: len(self.rank_pattern) + len(self.alpha_pattern)]]
-        for pattern in patterns:
+            check_pattern(self.target_modules)
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
             check_pattern(pattern)
+            check_pattern(_at_the_end(pattern))
 
     def targets(self, module: str) -> bool:
         """Whether the linear at this dotted path gets an adapter."""

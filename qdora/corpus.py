@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from qdora.answers import Question, answerable, questions
-from qdora.architecture import model_facts
+from qdora.architecture import context_of, load_config
 from qdora.data import EncodedData, encode
-from qdora.distributed import is_main, say
+from qdora.distributed import bar, say
 from qdora.errors import DataError
 from qdora.flags import RunArguments
 from qdora.packing import splits_rows
@@ -35,6 +33,7 @@ class Corpus:
         """All tokens that the model will see."""
         for data in filter(None, (self.data, self.evaluation)):
             yield from data.input_ids
+        yield from (question.prompt for question in self.asked)  # whole, unlike the rows
         if pad is not None:
             yield [pad]
 
@@ -62,7 +61,7 @@ def load_corpus(run: RunArguments, training: Any, tokenizer: Any) -> Corpus:
     evaluation = _load_data(eval_rows, eval_numbers, name, tokenizer, training, evaluation=True)
     asked: list[Question] = []
     if run.eval_exact_match:
-        limit = model_facts(run.model_name_or_path, training.trust_remote_code).context
+        limit = context_of(load_config(run.model_name_or_path, training.trust_remote_code))
         asked = _questions(eval_rows[: run.eval_exact_match], name, tokenizer, limit)
     return Corpus(data, evaluation, name, asked)
 
@@ -92,7 +91,7 @@ def _load_data(
         None if splits_rows(training, evaluation) else training.max_length,
         source,
         loss_on_all=training.completion_only_loss is False,
-        progress=lambda rows: tqdm(rows, desc="tokenize", unit=" rows", leave=False, disable=not is_main()),
+        progress=bar("tokenize", "rows"),
         numbers=numbers,
     )
     say(f"{'to evaluate on, ' if evaluation else ''}{source}: {encoded}")

@@ -17,11 +17,9 @@ def loss_series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[i
 
 def plot_loss(history: Sequence[Mapping[str, Any]], title: str) -> bytes:
     """A PNG of training and evaluation loss over the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
         steps, values = loss_series(history, name)

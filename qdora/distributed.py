@@ -20,14 +20,26 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
-__all__ = ["gathered", "is_main", "local", "processes", "run_to_the_end", "say", "spread_like", "summed", "whole"]
+__all__ = [
+    "bar",
+    "gathered",
+    "is_main",
+    "local",
+    "processes",
+    "run_to_the_end",
+    "say",
+    "spread_like",
+    "summed",
+    "whole",
+]
 
 _PATIENCE_SECONDS = 5.0
 Item = TypeVar("Item")
@@ -47,6 +59,11 @@ def say(text: str) -> None:
     """Print, in the main process only."""
     if is_main():
         print(text, flush=True)
+
+
+def bar(what: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """Goes through things with a bar that is gone at the end, in the main process only."""
+    return lambda items: tqdm(items, desc=what, unit=f" {unit}", leave=False, disable=not is_main())
 
 
 def run_to_the_end(verb: Callable[[], tuple[int, str]]) -> int:
@@ -84,7 +101,7 @@ def _complain(line: str) -> None:
 
 def _take_group_apart() -> None:
     gc.collect()  # the trainer and its reducer are in reference cycles
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
@@ -102,15 +119,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all processes of what each has; every process must join in."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    """Sum over all processes what each has, in place, and return it; every process must join in."""
+    if torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
     return values
 
 
 def gathered(item: Item) -> list[Item]:
     """What each process has, in the order of their ranks; every process must join in."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not torch.distributed.is_initialized():
         return [item]
     items: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(items, item)

@@ -17,12 +17,10 @@ def draw_changes(changes: Sequence[LinearChange], title: str) -> bytes:
     The maps show ΔM/‖W‖ and ΔD, means where a layer has several linears of a kind; they are left out if no linear is
     in a numbered layer.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     has_layers = any(change.layer is not None for change in changes)
     figure = Figure(figsize=(13, 5) if has_layers else (6, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
     grid = figure.add_gridspec(1, 3, width_ratios=(2, 1, 1)) if has_layers else figure.add_gridspec(1, 1)
     _scatter(figure.add_subplot(grid[0, 0]), changes)

@@ -21,19 +21,21 @@ import psutil
 import torch
 from torch import nn
 
+from qdora.distributed import processes
 from qdora.errors import QDoRAError, out_of_memory, reason
 from qdora.flags import RunArguments
-from qdora.planner import asked_plan, choose, memory_model, usable_of
+from qdora.kept import last_checkpoint, step_of, way_back
+from qdora.planner import asked_plan, choose, memory_model, unfragmented
 from qdora.shards import format_bytes
 
-__all__ = ["Headroom", "Moment", "let_go", "memory_explained", "moment_of"]
+__all__ = ["Headroom", "end_for_memory", "memory_explained"]
 
 # The plan that failed needed more than it was reckoned to; the next one must be well below it.
 _LESS = 0.9
 
 
 @dataclass(frozen=True)
-class Moment:
+class _Moment:
     """Where in a run an error was raised."""
 
     words: str
@@ -42,26 +44,26 @@ class Moment:
     evaluating: bool = False
 
 
-def moment_of(error: BaseException, model: nn.Module) -> Moment:
+def _moment_of(error: BaseException, model: nn.Module) -> _Moment:
     """Where in a training run the error was raised."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if any(isinstance(_self(frame), torch.optim.Optimizer) for frame in frames):
-        return Moment("in the optimizer's step", whole=False)
+        return _Moment("in the optimizer's step", whole=False)
     names = {frame.f_code.co_name for frame in frames}
     place = _innermost(frames, model)
     if "evaluation_loop" in names:
-        return Moment(f"in the evaluation{place and f', in the forward of {place}'}", evaluating=True)
+        return _Moment(f"in the evaluation{place and f', in the forward of {place}'}", evaluating=True)
     if "_save_checkpoint" in names:
-        return Moment("while a checkpoint was saved")
+        return _Moment("while a checkpoint was saved")
     if "training_step" not in names:
-        return Moment("before the first step" if "_run_epoch" not in names else "between two steps")
+        return _Moment("before the first step" if "_run_epoch" not in names else "between two steps")
     if any(_is_in(frame, "torch/utils/checkpoint.py", "recompute_fn", "unpack_hook") for frame in frames):
-        return Moment(f"in the recompute of {place or 'a layer'}, in the backward")
+        return _Moment(f"in the recompute of {place or 'a layer'}, in the backward")
     if any(_is_in(frame, "torch/autograd/__init__.py", "backward") for frame in frames):
-        return Moment(f"in the backward{place and f' of {place}'}")
+        return _Moment(f"in the backward{place and f' of {place}'}")
     if any(_is_in(frame, "qdora/loss.py") for frame in frames):
-        return Moment("in the loss")
-    return Moment(f"in the forward of {place}" if place else "in a step, outside the layers")
+        return _Moment("in the loss")
+    return _Moment(f"in the forward of {place}" if place else "in a step, outside the layers")
 
 
 def _innermost(frames: list[FrameType], model: nn.Module) -> str:
@@ -85,7 +87,7 @@ def _is_in(frame: FrameType, file: str, *functions: str) -> bool:
     return inside and (not functions or frame.f_code.co_name in functions)
 
 
-def let_go(error: BaseException) -> None:
+def _let_go(error: BaseException) -> None:
     """Free what the error's frames hold, activations above all."""
     traceback.clear_frames(error.__traceback__)
     error.__traceback__ = None
@@ -137,7 +139,7 @@ class Headroom:
         device = self._training.device
         on_accelerator = device.type != "cpu"
         # An accelerator's share is known at any time; of the CPU's, this process has taken some by now.
-        room = usable_of(min(self._room, _room_on(device)) if on_accelerator else self._room, on_accelerator)
+        room = unfragmented(min(self._room, _room_on(device)) if on_accelerator else self._room, on_accelerator)
         reckoned, asked = memory_model(self._run, self._training, on_accelerator), asked_plan(self._run, self._training)
         failed = reckoned.need(asked).device_bytes
         plan, need = choose(reckoned, asked, min(room, int(failed * _LESS)))
@@ -161,5 +163,36 @@ def memory_explained(words: str, headroom: Headroom) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         said = reason(error)
-        let_go(error)
+        _let_go(error)
         raise QDoRAError(f"out of memory {words} ({said}); {headroom.advice()}") from None
+
+
+def end_for_memory(trainer: Any, error: BaseException, headroom: Headroom) -> str:
+    """Save what can be saved, and say where memory ran out and how to go on.
+
+    Args:
+        trainer: whose training the error ended.
+        error: loses its traceback, and with it what its frames hold.
+    """
+    moment, said, args = _moment_of(error, trainer.model), reason(error), trainer.args
+    _let_go(error)
+    trainer.model.zero_grad()
+    if moment.whole:
+        _save(trainer)
+    if moment.evaluating:
+        advice = f"lower --per_device_eval_batch_size, which is {args.per_device_eval_batch_size}"
+    else:
+        advice = headroom.advice()
+    done = f"after {trainer.state.global_step} of {trainer.state.max_steps} steps"
+    return f"out of memory {moment.words}, {done} ({said}); {advice}; {way_back(Path(args.output_dir))}"
+
+
+def _save(trainer: Any) -> None:
+    """A checkpoint of the last step, unless there is one; several processes cannot, for the others wait elsewhere."""
+    last, step = last_checkpoint(Path(trainer.args.output_dir)), trainer.state.global_step
+    if processes() > 1 or step == 0 or (last is not None and step_of(last) == step):
+        return
+    try:
+        trainer._save_checkpoint(trainer.model, trial=None)
+    except (QDoRAError, RuntimeError, MemoryError, OSError):
+        return  # then an earlier one is the last, and is named

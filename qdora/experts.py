@@ -55,7 +55,6 @@ __all__ = [
 ]
 
 STACKS = {"gate_up_proj", "down_proj"}
-_USUAL_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 class RoutedExperts(nn.Module):
@@ -70,7 +69,9 @@ class RoutedExperts(nn.Module):
     def __init__(self, original: Any) -> None:
         super().__init__()
         self.num_experts, self.hidden_size, self.intermediate_size = original.down_proj.shape
-        self.names = _names_in_files(getattr(original.config, "model_type", None)) or _USUAL_NAMES
+        names = _names_in_files(original)
+        assert names is not None  # `_is_stacked` has seen to that
+        self.names = names
         for name in STACKS:
             delattr(original, name)
         self._join = _joined(original)
@@ -187,13 +188,11 @@ def expand_experts(model: nn.Module) -> None:
         if _is_stacked(path, module)
     }
     for path, experts in hollow_experts(model).items():
+        experts.fill(partial(_window, experts, *stacks[path]))
 
-        def weight_of(
-            number: int, name: str, experts: RoutedExperts = experts, of: tuple[Tensor, Tensor] = stacks[path]
-        ) -> BaseWeight:
-            return DenseWeight(experts.cut(*of, number, name))
 
-        experts.fill(weight_of)
+def _window(experts: RoutedExperts, gate_up_E2IH: Tensor, down_EHI: Tensor, number: int, name: str) -> BaseWeight:
+    return DenseWeight(experts.cut(gate_up_E2IH, down_EHI, number, name))
 
 
 def router_paths(model: nn.Module) -> list[str]:
@@ -223,18 +222,17 @@ def _is_stacked(path: str, module: Any) -> bool:
     if gate_up.dim() != 3 or gate_up.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
         return False
     described = module.has_gate and module.is_concatenated and not module.is_transposed and not module.has_bias
-    in_files_apart = _names_in_files(getattr(module.config, "model_type", None)) is not None
-    return described and in_files_apart and not getattr(module, "has_post_expert_norm", False)
+    return described and _names_in_files(module) is not None and not getattr(module, "has_post_expert_norm", False)
 
 
-def _names_in_files(model_type: str | None) -> tuple[str, str, str] | None:
+def _names_in_files(experts: Any) -> tuple[str, str, str] | None:
     """What gate, up and down are called in this family's files (Mixtral: w1, w3, w2); None if they lie there otherwise.
 
     transformers knows how it puts the stacks together.
     """
     sources = {
         transform.target_patterns[0].rpartition(".")[2]: transform.source_patterns
-        for transform in get_checkpoint_conversion_mapping(model_type) or ()
+        for transform in get_checkpoint_conversion_mapping(getattr(experts.config, "model_type", None)) or ()
         if transform.target_patterns[0].endswith((".experts.gate_up_proj", ".experts.down_proj"))
     }
     patterns = [*sources.get("gate_up_proj", ()), *sources.get("down_proj", ())]

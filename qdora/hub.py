@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from qdora.adapterfile import CONFIG_FILE, WEIGHTS_FILE
 from qdora.distributed import is_main
 from qdora.errors import ConfigError, QDoRAError, reason
 
@@ -20,7 +21,7 @@ __all__ = ["Destination", "take_destination"]
 # What the adapter is, and nothing else that may lie in its directory. The report stays here: it shows a row of the data
 # and names places on this machine.
 _GOES_UP = [
-    *("adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "log.csv"),
+    *(CONFIG_FILE, WEIGHTS_FILE, "README.md", "loss.png", "log.csv"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("additional_chat_templates/*.jinja", "vocab.json", "vocab.txt", "merges.txt"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -54,7 +55,7 @@ class Destination:
                 allow_patterns=_GOES_UP,
             )
         except Exception as error:
-            # A network fails in more ways than there are kinds of errors.
+            # a network fails in many ways
             raise QDoRAError(
                 f"the adapter is in {directory}, but was not uploaded to {self.name}: {reason(error)}; "
                 f"`hf upload {self.name} {directory} --include 'adapter_*' README.md 'tokenizer*'` tries again"
@@ -84,14 +85,14 @@ def take_destination(training: Any) -> Destination | None:
     try:
         who = api.whoami()["name"]
     except Exception as error:
-        # as above
+        # a network fails in many ways
         raise ConfigError(
             f"--push_to_hub: not logged in to {api.endpoint} ({reason(error)}); `hf auth login`, or give --hub_token"
         ) from None
     try:
         made = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
     except Exception as error:
-        # as above
+        # a network fails in many ways
         raise ConfigError(
             f"--push_to_hub: {who} may not write to {name} ({reason(error)}); name another with --hub_model_id"
         ) from None

@@ -205,7 +205,11 @@ def adapt(model: nn.Module, path: str, config: AdapterConfig) -> None:
 
 
 def hold_outputs(model: nn.Module, names: Collection[str]) -> None:
-    """Let the linears at these paths within a decoder layer hold their outputs (see `holding`), and no others."""
+    """Let the linears at these paths within a decoder layer hold their outputs (see `holding`), and no others.
+
+    Raises:
+        ConfigError: the model has no decoder layers.
+    """
     for layer in decoder_layers(model):
         for name, linear in layer.named_modules():
             if isinstance(linear, DoRALinear):

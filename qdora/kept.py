@@ -20,6 +20,8 @@ from qdora.errors import CheckpointError, reason
 from qdora.output import UNFINISHED, flush, put_in_place
 
 __all__ = [
+    "OPTIMIZER_FILE",
+    "SCHEDULE_FILE",
     "STATE_FILE",
     "checkpoint_of",
     "checkpoints_in",
@@ -32,9 +34,11 @@ __all__ = [
     "scratch_of",
     "state_of",
     "step_of",
+    "way_back",
 ]
 
 STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE, SCHEDULE_FILE = "optimizer.pt", "scheduler.pt"
 # What the machine says, rather than the file.
 _NOT_DAMAGE = (errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 
@@ -43,10 +47,11 @@ def fault_of(checkpoint: Path, complete: bool) -> str | None:
     """What is wrong with a checkpoint; None if it can be gone on from.
 
     Args:
-        complete: what `--save_only_model` leaves out is a fault too, for the run would not end with the same bits.
+        complete: open the adapter's files too, and miss what `--save_only_model` leaves out: without that a run does
+            not end with the same bits.
     """
     random_states = list(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
-    states = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states]
+    states = [checkpoint / OPTIMIZER_FILE, checkpoint / SCHEDULE_FILE, *random_states]
     tensors = [checkpoint / "adapter_model.safetensors", *checkpoint.glob("magnitude_offsets.safetensors")]
     try:
         state_of(checkpoint)
@@ -77,6 +82,15 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     return next((path for path in reversed(checkpoints_in(output_dir)) if (path / STATE_FILE).is_file()), None)
 
 
+def way_back(output_dir: Path) -> str:
+    """How to go on from the last checkpoint, to end an error's sentence."""
+    last = last_checkpoint(output_dir)
+    if last is None:
+        return "no checkpoint was written yet: begin anew"
+    how = "--resume_from_checkpoint last (at the checkpoint's learning rate; another needs a new run)"
+    return f"the last good checkpoint is {last}: go on with {how}"
+
+
 def scratch_of(output_dir: Path) -> Path:
     """Where checkpoints are written, the same for all processes."""
     return output_dir / UNFINISHED
@@ -104,6 +118,7 @@ def keep_newest(output_dir: Path, limit: int | None, newest: Path, best: str | N
 
 
 def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint, its name first."""
     nameless = scratch_of(checkpoint.parent) / checkpoint.name
     nameless.parent.mkdir(exist_ok=True)
     checkpoint.rename(nameless)
@@ -116,12 +131,12 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def checkpoint_of(output_dir: str | Path, step: int | None) -> Path:
+def checkpoint_of(output_dir: str | Path, step: int) -> Path:
     """Where the checkpoint of a step is, or will be."""
     return Path(output_dir) / f"checkpoint-{step}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The other way round; -1 if it is not called after a step."""
+    """The step that a checkpoint's directory is named after; -1 if it is named otherwise."""
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(match[1]) if match else -1

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,11 +172,7 @@ def fill_experts(model: Any, reader: ShardReader, quantize: bool, dtype: torch.d
     states = states_by_weight(reader) if keys else {}
     for path, experts in hollow.items():
         stored = _StoredExperts(path, experts, keys, states, reader)
-
-        def weight_of(number: int, name: str, stored: _StoredExperts = stored) -> BaseWeight:
-            return stored.weight(number, name, quantize, dtype, device)
-
-        experts.fill(weight_of)
+        experts.fill(partial(stored.weight, quantize=quantize, dtype=dtype, device=device))
 
 
 class _StoredExperts:

@@ -64,11 +64,10 @@ class MemoryModel:
             freeze_dense(layer)  # as streaming does, so that what can be streamed is told by its type
         self._small = deepcopy(self._model)
         cut(self._small)
-        with _said_by(self._model):
+        with _refusing(self._model):
             self._lean_loss = run.lean_loss and head_is_plain(self._small)
         self._traces: dict[tuple[int, bool], StepTrace] = {}
         self._losses: dict[tuple[int, int], int] = {}
-        self._update: Segment | None = None
 
     def need(self, plan: Plan) -> Need:
         """What the plan takes, at its worst moment."""
@@ -83,7 +82,7 @@ class MemoryModel:
         if key not in self._traces:
             batch, workspace = self._run.batch(rows), self._run.workspace
             hold_outputs(self._small, self.holding if holds else ())
-            with _said_by(self._model):
+            with _refusing(self._model):
                 self._traces[key] = simulate_step(
                     self._small, batch, workspace, self._run.checkpointing, self._lean_loss
                 )
@@ -135,21 +134,17 @@ class MemoryModel:
                 when = f"in the backward of layer {number + 1} of {layers}"
                 yield moment(when, backward, trace.backward[1], (2, number + 1), (last - 1, whole - number))
         yield moment("in the backward of the first layer", backward, trace.backward[0], (1, 1), (last, whole))
-        update = self._optimizer()
-        yield _Moment(
-            "in the optimizer's step", "optimizer's workspace", update.peak - update.start, 0, layers * gradient
-        )
+        workspace = self._update.peak - self._update.start
+        yield _Moment("in the optimizer's step", "optimizer's workspace", workspace, 0, layers * gradient)
 
-    def _optimizer(self) -> Segment:
-        if self._update is None:
-            trained = [p for p in self._model.parameters() if p.requires_grad]
-            if self._run.optim is None:
-                self._update = simulate_updates(CompensatedAdamW, buckets(trained))
-            else:
-                values = sum(p.numel() for p in trained)
-                state = int(values * _STATE_BYTES.get(self._run.optim, _FP32_ADAM_BYTES))
-                self._update = Segment(state, state)
-        return self._update
+    @cached_property
+    def _update(self) -> Segment:
+        """The optimizer's step, from the state that it keeps to its peak."""
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        if self._run.optim is None:
+            return simulate_updates(CompensatedAdamW, buckets(trained))
+        state = int(sum(p.numel() for p in trained) * _STATE_BYTES.get(self._run.optim, _FP32_ADAM_BYTES))
+        return Segment(state, state)
 
     def _lasting(self, plan: Plan) -> dict[str, int]:
         """What is on the device all the time."""
@@ -160,7 +155,7 @@ class MemoryModel:
             resident["base weights"] += 2 * max(self._streamed) - streamed + self._rounding
         if plan.embedding_on_host:
             resident["embeddings and head"] -= self._embedding_bytes
-        return {**resident, "optimizer state": self._optimizer().start}
+        return {**resident, "optimizer state": self._update.start}
 
     def _waiting(self, plan: Plan, trace: StepTrace) -> dict[str, int]:
         """What is on the host."""
@@ -228,7 +223,7 @@ class MemoryModel:
 
 
 @contextmanager
-def _said_by(model: nn.Module) -> Iterator[None]:
+def _refusing(model: nn.Module) -> Iterator[None]:
     """A model's own code may fail in any way, over fake tensors or with our linears."""
     try:
         yield

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qdora import checkpoint, stream
-from qdora.architecture import check_quantization, load_config, quantization_of
-from qdora.arithmetic import compute_dtype, pick_device, training_dtype
+from qdora.adapterfile import CONFIG_FILE, read_adapter
+from qdora.architecture import is_nf4, is_nf4_checkpoint, load_config, quantization_of
+from qdora.arithmetic import compute_dtype, pick_device, training_dtype, usual_dtype
 from qdora.config import AdapterConfig
 from qdora.errors import CheckpointError, ConfigError, out_of_memory, reason
 from qdora.experts import expand_experts
@@ -29,7 +30,7 @@ from qdora.sharding import Sharding, attach_and_shard
 from qdora.shards import ShardReader
 from qdora.sources import check_complete, local_model, quietly
 
-__all__ = ["load_model", "trainable_parameters"]
+__all__ = ["load_model", "load_to_answer", "trainable_parameters"]
 
 
 def load_model(
@@ -92,6 +93,50 @@ def load_model(
     return model
 
 
+def load_to_answer(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    load_in_4bit: bool | None = None,
+    stream_base: bool = False,
+    embedding_on_host: bool = False,
+    trust_remote_code: bool = False,
+    allow_other_base: bool = False,
+) -> tuple[PreTrainedModel, str]:
+    """`load_model`, as the adapter met its base in training where nothing else is said.
+
+    Args:
+        dtype: by default `arithmetic.usual_dtype`.
+        load_in_4bit: by default a 16-bit model is quantized only if its adapter was trained on NF4.
+
+    Returns:
+        The model in eval mode, and what its weights are, in words.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_model`.
+    """
+    source, place = local_model(path), pick_device(device)
+    file = None if adapter is None else read_adapter(adapter)  # what is wrong with it shows before the model is loaded
+    packed = is_nf4_checkpoint(source, trust_remote_code)
+    if load_in_4bit is None:
+        load_in_4bit = not packed and file is not None and file.rounds(path, "choose by --load_in_4bit")
+    model = load_model(
+        source,
+        adapter,
+        dtype=dtype or usual_dtype(source, adapter is not None, place),
+        device=place,
+        load_in_4bit=load_in_4bit,
+        stream_base=stream_base,
+        embedding_on_host=embedding_on_host,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
+    rounded = "rounded to NF4 as it was loaded" if load_in_4bit else "16-bit weights"
+    return model.eval(), "NF4 weights" if packed else rounded
+
+
 def _attach_fresh(model: Any, adapter: AdapterConfig, sharding: Sharding | None) -> None:
     if sharding is None:
         attach(model, adapter)
@@ -118,7 +163,7 @@ def _frozen_base(
         place: where it is loaded to.
     """
     config = load_config(source, trust_remote_code)
-    packed = check_quantization(config, source)
+    packed = is_nf4(config, source)
     reader = ShardReader(source)  # finds damaged files, and says so better than the loading below
     in_nf4 = packed or load_in_4bit
     if packed:
@@ -156,9 +201,9 @@ def _frozen_base(
 
 def _check_alone(directory: Path) -> None:
     """transformers would load an adapter that lies beside a model, and whatever model that names as its base."""
-    if (directory / "adapter_config.json").is_file():
+    if (directory / CONFIG_FILE).is_file():
         raise CheckpointError(
-            f"{directory} holds an adapter (adapter_config.json) beside the model; move one to another directory"
+            f"{directory} holds an adapter ({CONFIG_FILE}) beside the model; move one to another directory"
         )
 
 

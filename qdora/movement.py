@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from qdora.distributed import is_main, local, summed
+from qdora.distributed import local, say, summed
 
 __all__ = ["MovementWatch", "bit_sum"]
 
@@ -68,8 +68,8 @@ class MovementWatch(TrainerCallback):
         if done < _FEWEST_STEPS:
             return
         earlier, self._remark = self._remark, self._look(model, done)
-        if self._remark is not None and earlier is None and is_main():
-            print(self._remark, flush=True)
+        if self._remark is not None and earlier is None:
+            say(self._remark)
 
     def remark(self) -> str | None:
         """What is to be said of it at the end."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdora.architecture import model_facts
+from qdora.architecture import is_nf4_checkpoint
 from qdora.card import write_card
 from qdora.config import ALL_LINEAR
 from qdora.corpus import Corpus
@@ -50,10 +50,10 @@ class Intention:
 
     @classmethod
     def of(cls, run: RunArguments, training: Any, need: str | None) -> Intention:
-        """Args: as `parse_train` returns them."""
+        """What is to be told of the run; `run` and `training` as `parse_train` returns them."""
         values = {name: getattr(training, name) for name in _REPORTED}
         settings = {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
-        rounded = run.load_in_4bit and not model_facts(run.model_name_or_path, training.trust_remote_code).in_nf4
+        rounded = run.load_in_4bit and not is_nf4_checkpoint(run.model_name_or_path, training.trust_remote_code)
         return cls(_adapter_in_words(run), settings, asked_plan(run, training).flags(), need, rounded)
 
 

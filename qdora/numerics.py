@@ -220,7 +220,7 @@ def find_source(model: nn.Module, batches: list[tuple[Batch, Any]], replay: Repl
             if not _is_finite(loss):
                 found.append(Source(2, "in the loss itself (its logits)"))
             loss.backward()
-    found += [Source(1, f"in the output of {name}") for name in outputs[:1]]
+    found += [Source(1, f"in the output of {name}") for name in outputs]
     bad = [name for name, p in _trained(model) if p.grad is not None and not _is_finite(local(p.grad))]
     found += [Source(3, f"in the gradient of {name}, where the backward passes it") for name in bad[-1:]]
     return min([*found, _UNKNOWN])
@@ -244,7 +244,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @contextmanager
 def first_bad_output(model: nn.Module) -> Iterator[list[str]]:
-    """Collects the paths of modules with outputs that are not finite, in the order in which they came."""
+    """A list that gets the path of the first module whose output is not finite, if one comes."""
     found: list[str] = []
 
     def listen(name: str) -> Callable[..., None]:
@@ -302,7 +302,7 @@ def refuse_evaluation(model: nn.Module, step: int, again: Callable[[], Any]) -> 
     """
     with first_bad_output(model) as outputs:
         again()
-    places = [place for found in gathered(outputs[:1]) for place in found]
+    places = [place for found in gathered(outputs) for place in found]
     where = f", first in the output of {places[0]}" if places else ""
     raise NumericsError(
         f"the evaluation loss after step {step} is not finite{where}; lower --learning_rate, or with --dtype float16 "

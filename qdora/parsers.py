@@ -18,7 +18,8 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
-    """
+    """What a command line says, by the names of the verb's parameters.
+
     Raises:
         ConfigError: an unknown flag (the nearest one is suggested), a missing or a bad value.
     """
@@ -32,6 +33,7 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"unknown flag {flags[0].partition('=')[0]}; {meant}")
     if unknown:
         raise ConfigError(f"one word too many: {unknown[0]!r}; `{parser.prog} --help` shows how it goes")
+    del options.help
     return options
 
 
@@ -72,7 +74,12 @@ def _quantize() -> _Parser:
     parser.add_argument("model", metavar="MODEL", help="a directory, a Hub id, or a GGUF file")
     parser.add_argument("out", metavar="OUT", help="the directory to write")
     parser.add_argument("--skip_modules", nargs="*", default=(), metavar="NAME", help="linears to leave in 16 bits")
-    parser.add_argument("--no_double_quant", action="store_true", help="keep the absmax in fp32 (4.5 bits per weight)")
+    parser.add_argument(
+        "--no_double_quant",
+        action="store_false",
+        dest="double_quant",
+        help="keep the absmax in fp32 (4.5 bits per weight)",
+    )
     parser.add_argument("--dtype", default="bfloat16", metavar="TYPE", help="of what is not quantized [bfloat16]")
     parser.add_argument("--device", help="where to quantize [the accelerator, if there is one]")
     _add_output(parser)
@@ -104,7 +111,14 @@ def _evaluate() -> _Parser:
     parser.add_argument("--dataset_split", default="test", metavar="NAME", help="of a Hub data set [test]")
     _add_data(parser)
     parser.add_argument("--max_rows", type=int, metavar="N", help="the first N rows alone")
-    parser.add_argument("--exact_match", type=int, default=100, metavar="N", help="answer and compare N rows [100]")
+    parser.add_argument(
+        "--exact_match",
+        dest="exact_match_rows",
+        type=int,
+        default=100,
+        metavar="N",
+        help="answer and compare N rows [100]",
+    )
     parser.add_argument(
         "--choices",
         nargs="+",
@@ -113,7 +127,9 @@ def _evaluate() -> _Parser:
         help="multiple choice between words of which each answer holds one [the data's column `choices`]",
     )
     parser.add_argument("--max_length", type=int, metavar="N", help="cut rows to N tokens [what MODEL takes]")
-    parser.add_argument("--per_device_eval_batch_size", type=int, default=8, metavar="N", help="rows at once [8]")
+    parser.add_argument(
+        "--per_device_eval_batch_size", dest="batch_size", type=int, default=8, metavar="N", help="rows at once [8]"
+    )
     parser.add_argument("--completion_only_loss", type=_truth, default=True, metavar="BOOL", help="[true]")
     parser.add_argument("--output_file", metavar="FILE", help="write all figures there, as JSON")
     _add_loading(parser)

@@ -24,7 +24,7 @@ from qdora.plan import Need, Plan, Run
 from qdora.shards import format_bytes, parse_size
 from qdora.workspace import ACCELERATOR, CPU
 
-__all__ = ["adopt", "asked_plan", "choose", "hollow_of", "memory_model", "usable_bytes", "usable_of"]
+__all__ = ["adopt", "asked_plan", "choose", "hollow_of", "memory_model", "unfragmented", "usable_bytes"]
 
 _SMALLER_CHUNKS = (16 * 2**20, 4 * 2**20)
 # Reckoned, not measured: the driver's context and the libraries' workspaces, and what fragmentation takes.
@@ -110,13 +110,13 @@ def usable_bytes(memory: str, on_accelerator: bool) -> int:
         ConfigError: not a size, or one too small for anything.
     """
     total = parse_size(memory)
-    usable = usable_of(total, on_accelerator) - (_DRIVER_BYTES if on_accelerator else 0)
+    usable = unfragmented(total, on_accelerator) - (_DRIVER_BYTES if on_accelerator else 0)
     if usable <= 0:
         raise ConfigError(f"--memory {memory} leaves nothing beside the {format_bytes(_DRIVER_BYTES)} of the driver")
     return usable
 
 
-def usable_of(free: int, on_accelerator: bool) -> int:
+def unfragmented(free: int, on_accelerator: bool) -> int:
     """What may be allocated of bytes that are free, the driver's share not among them."""
     return int(free * (1 - _FRAGMENTED_SHARE)) if on_accelerator else free
 

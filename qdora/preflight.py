@@ -1,11 +1,10 @@
-"""What may be wrong with a run, found before the long work: its output, its trackers, flags that clash."""
+"""What may be wrong with a run, found before the long work: its output, its trackers, its original."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers.integrations import (
     get_available_reporting_integrations,
@@ -16,10 +15,10 @@ from transformers.integrations import (
 
 from qdora.architecture import is_nf4_checkpoint
 from qdora.errors import ConfigError, reason
-from qdora.flags import OWN_OPTIMIZERS, RunArguments
+from qdora.flags import RunArguments
 from qdora.sources import local_model
 
-__all__ = ["check_original", "check_place", "check_sharded", "check_trackers"]
+__all__ = ["check_original", "check_place", "check_trackers"]
 
 # Of trackers that are not called as their packages are.
 _TRACKER_PACKAGES = {
@@ -49,29 +48,6 @@ def check_original(run: RunArguments, trust_remote_code: bool) -> None:
         )
     if not is_packed and not run.load_in_4bit:
         raise ConfigError("--init_lora_weights loftq makes up for rounding to NF4; --load_in_4bit false rounds nothing")
-
-
-def check_sharded(run: RunArguments, training: Any) -> None:
-    """
-    Raises:
-        ConfigError: a flag does not go together with FSDP2.
-    """
-    if run.stream_base or run.embedding_on_host:
-        raise ConfigError(
-            "--stream_base and --embedding_on_host keep weights on the host, --fsdp shards them; choose one"
-        )
-    if run.memory is not None or run.dry_run:
-        raise ConfigError(
-            "--memory and --dry_run reckon one device that holds the whole model; leave them out with --fsdp"
-        )
-    if run.init_lora_weights == "loftq" or run.eval_exact_match:
-        raise ConfigError("--init_lora_weights loftq and --eval_exact_match need whole weights, which --fsdp shards")
-    if run.modules_to_save:
-        raise ConfigError("--modules_to_save trains whole modules, which --fsdp would shard; leave one of them out")
-    if training.fp16:
-        raise ConfigError("--fp16 scales the loss, which --fsdp does not support; use --dtype bfloat16")
-    if training.optim not in OWN_OPTIMIZERS:
-        raise ConfigError(f"--optim {training.optim} does not know shards; with --fsdp use adamw_torch")
 
 
 def check_trackers(names: Sequence[str]) -> None:

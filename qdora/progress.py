@@ -24,7 +24,7 @@ class Speedometer:
 
     Args:
         device: whose memory is read.
-        processes: that count alike; each counts its own tokens.
+        processes: how many train; each is taken to have as many tokens as this one.
     """
 
     def __init__(self, device: torch.device, processes: int = 1) -> None:

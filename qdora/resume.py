@@ -21,10 +21,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qdora.adapterfile import CONFIG_FILE
 from qdora.distributed import processes, say
 from qdora.errors import CheckpointError, ConfigError
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
-from qdora.kept import STATE_FILE, checkpoints_in, discard, fault_of, last_checkpoint, state_of, step_of
+from qdora.kept import OPTIMIZER_FILE, STATE_FILE, checkpoints_in, discard, fault_of, last_checkpoint, state_of, step_of
 from qdora.output import UNFINISHED, write_json, writing
 from qdora.shards import ShardReader, fingerprint
 
@@ -112,9 +113,7 @@ def start(run: RunArguments, training: Any, output_dir: Path) -> Start:
         if unfinished and (not run.overwrite_output_dir or unfinished["settings"].get("overwrite_output_dir")):
             return _go_on(settings, output_dir, unfinished)
         beginning = Start(settings)
-    if not run.overwrite_output_dir and (
-        record or (output_dir / "adapter_config.json").is_file() or checkpoints_in(output_dir)
-    ):
+    if not run.overwrite_output_dir and (record or (output_dir / CONFIG_FILE).is_file() or checkpoints_in(output_dir)):
         raise ConfigError(
             f"{output_dir} holds an earlier run{_which(record, other)}, or pass --overwrite_output_dir true"
         )
@@ -131,7 +130,15 @@ def _from(checkpoint: Path, settings: dict[str, Any], record: dict[str, Any] | N
     step, known = state.global_step, record or {}
     anew = bool(known.get("measures_anew"))
     if record is not None and step > record.get("began_at", 0):
-        return Start(settings, str(checkpoint), True, True, record.get("began_from"), record.get("began_at", 0), anew)
+        return Start(
+            settings,
+            str(checkpoint),
+            same=True,
+            found=True,
+            began_from=record.get("began_from"),
+            began_at=record.get("began_at", 0),
+            measures_anew=anew,
+        )
     there = _read_record(checkpoint.parent)
     return Start(
         settings,
@@ -188,7 +195,7 @@ def _check_optimizer(checkpoint: Path, settings: dict[str, Any]) -> None:
     """The state of one optimizer is none of another's, which would notice it late or never."""
     record = _read_record(checkpoint.parent) or {"settings": {}}
     there, here = record["settings"].get("optim"), settings["optim"]
-    if there is not None and _family(there) != _family(here) and (checkpoint / "optimizer.pt").is_file():
+    if there is not None and _family(there) != _family(here) and (checkpoint / OPTIMIZER_FILE).is_file():
         raise ConfigError(
             f"{checkpoint} holds the state of --optim {there}, which is of no use to {here}; keep {there}, or remove "
             f"optimizer.pt from it to go on with a fresh state"

@@ -21,7 +21,8 @@ class EpochSeeded(Sampler[int]):
     Args:
         sampler: draws from its attribute `generator`.
         seed: to which the epoch's number is added.
-        epoch: tells it. (`set_epoch` is not called through all that accelerate wraps a sampler in.)
+        epoch: returns the number of the epoch. (`set_epoch` is not called through all that accelerate wraps a sampler
+            in.)
     """
 
     def __init__(self, sampler: Any, seed: int, epoch: Callable[[], int]) -> None:

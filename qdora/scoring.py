@@ -81,14 +81,14 @@ class ScoredModel(nn.Module):
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Within it a sharded model's gradients are not reduced: for all micro-batches of a step but the last."""
-        sharded: Any = self if isinstance(self, FSDPModule) else None
-        if sharded is not None:
-            sharded.set_requires_gradient_sync(False)
+        if not isinstance(self, FSDPModule):
+            yield
+            return
+        self.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            if sharded is not None:
-                sharded.set_requires_gradient_sync(True)
+            self.set_requires_gradient_sync(True)
 
 
 @torch.no_grad()

@@ -34,9 +34,9 @@ __all__ = [
     "SINGLE_FILE",
     "ShardReader",
     "ShardWriter",
-    "check_header",
     "fingerprint",
     "format_bytes",
+    "header_of",
     "parse_size",
 ]
 
@@ -116,7 +116,7 @@ class ShardReader:
                         )
                     self._file_of[key] = path
                     self._bytes_of[key] = math.prod(part.get_shape()) * _bytes_per_value(dtype)
-            check_header(path)
+            header_of(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} is damaged or cut short ({reason(error)}); download or write it again"
@@ -197,7 +197,7 @@ def _places(path: Path) -> dict[str, tuple[Path, dict[str, Any], int, int]]:
 
     The layout of safetensors: 8 bytes with the length of the header, the header in JSON, the tensors' bytes.
     """
-    header, begin = check_header(path)
+    header, begin = header_of(path)
     header.pop("__metadata__", None)
     return {
         key: (path, entry, begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
@@ -205,7 +205,7 @@ def _places(path: Path) -> dict[str, tuple[Path, dict[str, Any], int, int]]:
     }
 
 
-def check_header(path: Path) -> tuple[dict[str, Any], int]:
+def header_of(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file that the safetensors library has opened, and where the tensors' bytes begin.
 
     That library checks everything but one thing: of a name that stands there twice it takes the last entry in silence.

@@ -47,7 +47,7 @@ __all__ = [
     "simulate_updates",
 ]
 
-SIMULATED_LAYERS = 3
+_SIMULATED_LAYERS = 3
 _LOSS_CHUNKS = 4
 _ATTENTION = "sdpa_over_fake_tensors"
 
@@ -84,7 +84,7 @@ class StepTrace:
     backward: tuple[Segment, ...]
     """Of each layer, the recompute included, in the order of the layers."""
     kept_bytes: int
-    """What one layer keeps for the backward: its input."""
+    """What one layer keeps for the backward: under checkpointing its input, and the outputs that it holds."""
     gradient_bytes: int
     """What one layer's gradients take."""
 
@@ -94,7 +94,7 @@ def cut(model: nn.Module) -> None:
     layers = decoder_layers(model)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == len(layers) and module[0] is layers[0]:
-            del module[: max(0, len(layers) - SIMULATED_LAYERS)]
+            del module[: max(0, len(layers) - _SIMULATED_LAYERS)]
 
 
 def simulate_step(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from qdora.adapterfile import CONFIG_FILE
 from qdora.errors import CheckpointError, reason
 from qdora.kinship import QUANTIZE_RECORD
 from qdora.output import TEMPLATES
@@ -29,10 +29,9 @@ __all__ = [
     "unusable",
 ]
 
-_logger = logging.getLogger(__name__)
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 MERGE_RECORD = "qdora_merge.json"
-_NOT_COPIED = (INDEX_FILE, "config.json", "adapter_config.json", "trainer_state.json", QUANTIZE_RECORD, MERGE_RECORD)
+_NOT_COPIED = (INDEX_FILE, "config.json", CONFIG_FILE, "trainer_state.json", QUANTIZE_RECORD, MERGE_RECORD)
 # The same weights once more, as their makers' own programs read them.
 _NOT_FETCHED = ("consolidated*.safetensors", "original/*")
 
@@ -44,7 +43,7 @@ def local_model(path: str | Path) -> Path:
         CheckpointError: no such directory, and no such model on the Hub.
     """
     directory = Path(path)
-    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+    if (directory / CONFIG_FILE).is_file() and not (directory / "config.json").is_file():
         raise CheckpointError(f"{path} is an adapter, not a model; name the model it was trained on")
     if directory.is_dir():
         if not (directory / "config.json").is_file():

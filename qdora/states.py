@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from qdora.groups import keep_settings
+from qdora.kept import OPTIMIZER_FILE, SCHEDULE_FILE
 from qdora.optimizer import CompensatedAdamW
 
 __all__ = ["load_states", "save_states"]
-
-_OPTIMIZER, _SCHEDULE = "optimizer.pt", "scheduler.pt"
 
 
 def save_states(checkpoint: Path, optimizer: dict[str, Any], schedule: Any) -> None:
@@ -29,8 +28,8 @@ def save_states(checkpoint: Path, optimizer: dict[str, Any], schedule: Any) -> N
     Args:
         optimizer: its state, whole.
     """
-    torch.save(optimizer, checkpoint / _OPTIMIZER)
-    torch.save(schedule.state_dict(), checkpoint / _SCHEDULE)
+    torch.save(optimizer, checkpoint / OPTIMIZER_FILE)
+    torch.save(schedule.state_dict(), checkpoint / SCHEDULE_FILE)
 
 
 def load_states(checkpoint: Path, step: int, optimizer: Any, schedule: Any) -> None:
@@ -45,15 +44,15 @@ def load_states(checkpoint: Path, step: int, optimizer: Any, schedule: Any) -> N
     Raises:
         ValueError: the state is another optimizer's, or another kind of schedule's.
     """
-    has_optimizer, has_schedule = ((checkpoint / name).is_file() for name in (_OPTIMIZER, _SCHEDULE))
+    has_optimizer, has_schedule = ((checkpoint / name).is_file() for name in (OPTIMIZER_FILE, SCHEDULE_FILE))
     if has_optimizer:
-        fresh, saved = [dict(group) for group in optimizer.param_groups], _read(checkpoint / _OPTIMIZER)
+        fresh, saved = [dict(group) for group in optimizer.param_groups], _read(checkpoint / OPTIMIZER_FILE)
         optimizer.load_state_dict(saved)
         _widen(getattr(optimizer, "optimizer", optimizer), saved)
         keep_settings(optimizer.param_groups, fresh)
     if has_optimizer and has_schedule:
         try:
-            schedule.load_state_dict(_read(checkpoint / _SCHEDULE))
+            schedule.load_state_dict(_read(checkpoint / SCHEDULE_FILE))
         except (KeyError, TypeError, AttributeError):
             raise ValueError("its schedule is of another kind") from None
     elif "metrics" not in inspect.signature(schedule.step).parameters:  # some step by what was measured

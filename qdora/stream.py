@@ -47,6 +47,9 @@ def stream_base(model: nn.Module, device: torch.device) -> LayerStream:
     Args:
         model: loaded on the CPU; what is not streamed is left there for the caller to move.
         device: where the arithmetic will be.
+
+    Raises:
+        ConfigError: the model has no decoder layers.
     """
     layers = []
     for layer in decoder_layers(model):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from qdora.errors import ConfigError
-from qdora.flags import RunArguments, has_perplexity
+from qdora.flags import OWN_OPTIMIZERS, RunArguments, has_perplexity
 from qdora.nearest import did_you_mean
 from qdora.shards import parse_size
 
-__all__ = ["check_evaluation", "check_together"]
+__all__ = ["check_evaluation", "check_sharded", "check_together"]
 
 _CHOICES = {
     "dtype": ("bfloat16", "float16", "float32"),
@@ -115,3 +115,26 @@ def check_together(run: RunArguments, training: Any) -> None:
             raise ConfigError(f"--{name} must be at least {least}, found {value}")
     if not training.num_train_epochs > 0 and training.max_steps <= 0:
         raise ConfigError(f"--num_train_epochs must be above 0, found {training.num_train_epochs:g}")
+
+
+def check_sharded(run: RunArguments, training: Any) -> None:
+    """
+    Raises:
+        ConfigError: a flag does not go together with FSDP2.
+    """
+    if run.stream_base or run.embedding_on_host:
+        raise ConfigError(
+            "--stream_base and --embedding_on_host keep weights on the host, --fsdp shards them; choose one"
+        )
+    if run.memory is not None or run.dry_run:
+        raise ConfigError(
+            "--memory and --dry_run reckon one device that holds the whole model; leave them out with --fsdp"
+        )
+    if run.init_lora_weights == "loftq" or run.eval_exact_match:
+        raise ConfigError("--init_lora_weights loftq and --eval_exact_match need whole weights, which --fsdp shards")
+    if run.modules_to_save:
+        raise ConfigError("--modules_to_save trains whole modules, which --fsdp would shard; leave one of them out")
+    if training.fp16:
+        raise ConfigError("--fp16 scales the loss, which --fsdp does not support; use --dtype bfloat16")
+    if training.optim not in OWN_OPTIMIZERS:
+        raise ConfigError(f"--optim {training.optim} does not know shards; with --fsdp use adamw_torch")

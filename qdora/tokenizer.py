@@ -28,16 +28,8 @@ def load_tokenizer(
     Raises:
         CheckpointError: there is none that can be read.
     """
-    try:
-        source = local_model(path) if fetch_weights or Path(path).exists() else str(path)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        tokenizer("a b")  # some of what is wrong shows only in use
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # tokenizer files fail in as many ways as there are kinds of tokenizers
-        raise unusable(path, "tokenizer", error) from None
-    return _padding(tokenizer)
+    source = local_model(path) if fetch_weights or Path(path).exists() else path
+    return _usable(source, path, trust_remote_code)
 
 
 def tokenizer_of(
@@ -46,16 +38,13 @@ def tokenizer_of(
     """The tokenizer for a model with an adapter, and whose it is in words: `the adapter` or `the model`.
 
     The adapter's, if it brings a chat template: training may have used another than the model's.
+
+    Raises:
+        CheckpointError: there is none that can be read.
     """
     if adapter is None or template_beside(adapter) is None:
         return load_tokenizer(model, trust_remote_code), "the model"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(Path(adapter), trust_remote_code=trust_remote_code)
-        tokenizer("a b")
-    except Exception as error:
-        # tokenizer files fail in as many ways as there are kinds of tokenizers
-        raise unusable(adapter, "tokenizer", error) from None
-    return _padding(tokenizer), "the adapter"
+    return _usable(Path(adapter), adapter, trust_remote_code), "the adapter"
 
 
 def template_beside(adapter: str | Path) -> str | None:
@@ -74,8 +63,14 @@ def template_beside(adapter: str | Path) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """With something to pad with."""
+def _usable(source: str | Path, named: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies at `source`, called `named` in errors; with something to pad with."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer("a b")  # some of what is wrong shows only in use
+    except Exception as error:
+        # tokenizer files fail in as many ways as there are kinds of tokenizers
+        raise unusable(named, "tokenizer", error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -302,8 +302,9 @@ class AdapterTrainer(SFTTrainer):
 
     def _best_checkpoint(self) -> str | None:
         """That of the best evaluation, by its step: the directory may be called otherwise than when that was noted."""
-        here = checkpoint_of(self.args.output_dir, self.state.best_global_step)
-        return str(here) if here.is_dir() else self.state.best_model_checkpoint
+        step = self.state.best_global_step
+        here = None if step is None else checkpoint_of(self.args.output_dir, step)
+        return str(here) if here is not None and here.is_dir() else self.state.best_model_checkpoint
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._sharding is None:

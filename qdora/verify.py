@@ -27,7 +27,7 @@ PROMPTS = (
     "Dear Sir or Madam,",
     "def fibonacci(n):\n",
 )
-NEW_TOKENS = 16
+_NEW_TOKENS = 16
 _KL_BOUND = 1e-2
 """Rounding W' to fp16 gives 1e-6 to 1e-5 on real models and to bf16 1e-4; a merge onto other weights, above 0.1."""
 
@@ -81,7 +81,7 @@ def compare(
     load_in_4bit: bool = True,
     trust_remote_code: bool = False,
     prompts: Sequence[str] = PROMPTS,
-    new_tokens: int = NEW_TOKENS,
+    new_tokens: int = _NEW_TOKENS,
 ) -> Comparison:
     """Run the prompts through base + adapter and through the merged model, on the CPU, one after the other.
 

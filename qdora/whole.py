@@ -42,7 +42,7 @@ class TrainedWhole(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """Likewise."""
+        """Of the one that answers, if it has one."""
         return getattr(self.now, "bias", None)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qdora import CheckpointError, ConfigError
-from qdora.architecture import context_of, hollow_model, load_config, model_facts, model_linears
+from qdora.architecture import context_of, hollow_model, is_nf4_checkpoint, load_config, model_linears
 from qdora.config import AdapterConfig
 from qdora.inject import adapted_linears
 from qdora.nf4 import NF4Weight
@@ -26,8 +26,8 @@ def test_linears_and_what_is_skipped(tiny: Path) -> None:
 
 
 def test_what_a_config_says(tiny: Path, tiny_nf4: Path) -> None:
-    assert [model_facts(path).in_nf4 for path in (tiny, tiny_nf4)] == [False, True]
-    assert model_facts(tiny).context == context_of(load_config(tiny, trust_remote_code=False)) == 512
+    assert [is_nf4_checkpoint(path) for path in (tiny, tiny_nf4)] == [False, True]
+    assert context_of(load_config(tiny, trust_remote_code=False)) == 512
 
 
 def test_a_hollow_model_has_the_shapes_and_no_values(tiny: Path, tiny_nf4: Path) -> None:

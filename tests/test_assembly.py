@@ -14,11 +14,10 @@ import qdora
 from qdora import ConfigError
 from qdora.arguments import flags_of, parse_train
 from qdora.assembly import build_trainer
-from qdora.callbacks import KeepInputsOnHost, MeasureTheEnd, StopWhenAsked
+from qdora.callbacks import KeepInputsOnHost, MeasureTheEnd, SaveAfterEpoch
 from qdora.corpus import load_corpus
 from qdora.movement import MovementWatch
 from qdora.optimizer import CompensatedAdamW
-from qdora.signals import StopRequest
 from qdora.tokenizer import load_tokenizer
 from tests.test_train import QUICK
 
@@ -29,7 +28,7 @@ def built(model: Path, data: Path, out: Path, **flags: Any) -> Any:
     tokenizer = load_tokenizer(model)
     corpus = load_corpus(run, training, tokenizer)
     loaded = qdora.load_model(model, adapter=qdora.AdapterConfig(rank=2), device="cpu")
-    return build_trainer(loaded, tokenizer, training, corpus, run, None, StopRequest())
+    return build_trainer(loaded, tokenizer, training, corpus, run, None)
 
 
 def kinds(trainer: Any) -> set[type]:
@@ -38,7 +37,7 @@ def kinds(trainer: Any) -> set[type]:
 
 def test_the_plain_run(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
     trainer = built(tiny_nf4, pairs_file, tmp_path)
-    assert kinds(trainer) >= {MovementWatch, StopWhenAsked}
+    assert kinds(trainer) >= {MovementWatch, SaveAfterEpoch}
     assert not kinds(trainer) & {MeasureTheEnd, KeepInputsOnHost, EarlyStoppingCallback}
     assert type(trainer.create_optimizer()) is CompensatedAdamW
     # What TRL would do is done here anyway, and the data is not as it wants it.

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
-from qdora.adapterfile import CONFIG_FILE, OFFSETS_FILE, WEIGHTS_FILE, loads_in_4bit, read_adapter
+from qdora.adapterfile import CONFIG_FILE, OFFSETS_FILE, WEIGHTS_FILE, read_adapter
 from qdora.checkpoint import _target_names
 from qdora.inject import adapted_linears, linear_paths
 from qdora.shards import ShardReader, fingerprint
@@ -519,20 +519,6 @@ def test_one_matrix_in_fp32_makes_the_adapter_fp32(tiny_adapter: Path, tmp_path:
     mixed = damaged(tiny_adapter, tmp_path / "mixed", **{"lora_A.weight": lambda t: t.float()})
     assert read_adapter(mixed).config.dtype == "float32"
     assert read_adapter(tiny_adapter).config.dtype == "bfloat16"
-
-
-def test_what_decides_on_four_bits(tiny_adapter: Path) -> None:
-    file = read_adapter(tiny_adapter)
-    dense, custom = replace(file, base_kind="dense"), replace(file, base_kind="nf4-custom")
-    assert [loads_in_4bit(asked, False, file, "m") for asked in (True, False, None)] == [True, False, True]
-    assert [loads_in_4bit(None, is_nf4, adapter, "m") for is_nf4 in (True, False) for adapter in (None, dense)] == [
-        False
-    ] * 4
-    assert loads_in_4bit(None, True, custom, "m") is False
-    with pytest.raises(
-        CheckpointError, match=r"and m is 16-bit; name the .* on \(.*nf4\), or choose by --load_in_4bit$"
-    ):
-        loads_in_4bit(None, False, custom, "m")
 
 
 def test_a_model_with_another_method_is_refused(tiny_nf4: Path, tiny_adapter: Path) -> None:

@@ -40,8 +40,7 @@ def test_side_by_side(tiny_nf4: Path, tiny_adapter: Path, merged: Path, pairs_fi
     assert base.choice_accuracy is None
     head = str(report).splitlines()[1]
     assert head.split() == ["base", "adapter", "merged"]
-    report.write(tmp_path / "figures.json")
-    assert json.loads((tmp_path / "figures.json").read_text())["models"]["base"]["loss"] == base.loss
+    assert json.loads(json.dumps(report.to_dict()))["models"]["base"]["loss"] == base.loss
 
 
 def test_it_measures_what_training_improves(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:

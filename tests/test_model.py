@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config, MambaConfig
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, arithmetic
+from qdora.adapterfile import WEIGHTS_FILE
 from qdora.architecture import is_nf4_checkpoint
 from qdora.dense import DenseWeight
 from qdora.inject import adapted_linears
-from qdora.model import trainable_parameters
+from qdora.model import load_to_answer, trainable_parameters
 from qdora.nf4 import NF4Weight
 from qdora.scoring import ScoredModel
 from tests.conftest import make_model
@@ -44,6 +46,32 @@ def test_a_16_bit_model_is_quantized_as_it_loads_or_left(tiny: Path, tiny_nf4: P
     dense = qdora.load_model(tiny, adapter=AdapterConfig(rank=4), dtype="bfloat16", load_in_4bit=False)
     assert all(isinstance(layer.base, DenseWeight) for layer in adapted_linears(dense).values())
     assert torch.equal(dense(IDS).logits, AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)(IDS).logits)
+
+
+def test_what_decides_on_four_bits(tiny: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    def trained_on(kind: str) -> Path:
+        out = tmp_path / kind
+        shutil.copytree(tiny_adapter, out)
+        with safe_open(out / WEIGHTS_FILE, framework="pt") as file:
+            metadata = file.metadata()
+        save_file(load_file(out / WEIGHTS_FILE), out / WEIGHTS_FILE, metadata | {"qdora_base": kind})
+        return out
+
+    def said(path: Path, adapter: Path | None, **settings: bool) -> str:
+        model, weights = load_to_answer(path, adapter, **settings)
+        packed = any(isinstance(module, NF4Weight) for module in model.modules())
+        assert packed == ("NF4" in weights)
+        assert not model.training
+        return weights
+
+    packed, rounded, dense = "NF4 weights", "rounded to NF4 as it was loaded", "16-bit weights"
+    on_dense, on_custom = trained_on("dense"), trained_on("nf4-custom")
+    assert [said(tiny, adapter) for adapter in (None, tiny_adapter, on_dense)] == [dense, rounded, dense]
+    assert [said(tiny_nf4, adapter) for adapter in (None, tiny_adapter, on_dense, on_custom)] == [packed] * 4
+    assert [said(tiny, tiny_adapter, load_in_4bit=asked) for asked in (True, False)] == [rounded, dense]
+    assert [said(tiny, on_custom, load_in_4bit=asked) for asked in (True, False)] == [rounded, dense]
+    with pytest.raises(CheckpointError, match=r"model is 16-bit; name the .*nf4\), or choose by --load_in_4bit$"):
+        load_to_answer(tiny, on_custom)
 
 
 def test_arithmetic_in_fp32_means_the_same_nf4_weights(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
+import qdora
 from qdora import ConfigError
 from qdora.parsers import PARSERS, parse
 
@@ -11,7 +14,7 @@ from qdora.parsers import PARSERS, parse
 def test_names_and_defaults() -> None:
     options = parse("evaluate", ["m", "--dataset", "d", "--max-rows=5", "--stream_base", "--choices", "a", "b"])
     assert (options.model, options.dataset, options.max_rows, options.stream_base) == ("m", "d", 5, True)
-    assert (options.choices, options.load_in_4bit, options.exact_match) == (["a", "b"], None, 100)
+    assert (options.choices, options.load_in_4bit, options.exact_match_rows) == (["a", "b"], None, 100)
     assert parse("evaluate", ["m", "--dataset", "d", "--load_in_4bit", "false"]).load_in_4bit is False
     assert parse("chat", ["m", "--prompt", "a", "--prompt", "--b-c"[2:]]).prompts == ["a", "b-c"]
     assert [parse("merge", ["b", "a", "o", *more]).verify for more in ([], ["--verify"], ["--no-verify"])] == [
@@ -43,3 +46,11 @@ def test_mistakes(verb: str, arguments: list[str], message: str) -> None:
 def test_every_flag_is_explained(verb: str) -> None:
     for action in PARSERS[verb]()._actions:
         assert action.help, action.option_strings
+
+
+@pytest.mark.parametrize("verb", sorted(PARSERS.keys() - {"completion"}))
+def test_every_flag_is_a_parameter(verb: str) -> None:
+    flags = {action.dest for action in PARSERS[verb]()._actions} - {"help", "output_file"}
+    parameters = inspect.signature(getattr(qdora, verb)).parameters.keys()
+    assert flags <= parameters
+    assert parameters - flags <= {"terminal"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 import qdora.verbs.train
 from qdora import CheckpointError, ConfigError, arithmetic
+from qdora.signals import Stopped
 from tests.test_train import quick
 
 FLAGS: dict[str, Any] = {"max_steps": 7, "save_steps": 2, "lora_dropout": 0.1, "lr_scheduler_type": "linear"}
@@ -120,6 +122,36 @@ def test_an_output_that_was_taken_away_is_made_again(
     quick(tiny_nf4, pairs_file, out, **FLAGS)
     assert f"{out} was taken away since the training began; it was made again with checkpoint-6" in said
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_whose_output_was_taken_away_can_be_stopped(
+    tiny_nf4: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+
+    class TakeAwayAndStop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                shutil.rmtree(out)
+                signal.raise_signal(signal.SIGTERM)
+
+    build = qdora.verbs.train.build_trainer
+
+    def built(*arguments: Any) -> Any:
+        trainer = build(*arguments)
+        trainer.add_callback(TakeAwayAndStop())
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qdora.verbs.train.build_trainer", built)
+        with pytest.raises(Stopped, match=r"saved as .*checkpoint-6; the same command goes on from there$"):
+            quick(tiny_nf4, pairs_file, out, **FLAGS)
+    quick(tiny_nf4, pairs_file, out, **FLAGS)
+    assert "going on from checkpoint-6" in capsys.readouterr().out
 
 
 def test_overwriting_begins_anew_once(

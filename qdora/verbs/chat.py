@@ -25,15 +25,11 @@ from typing import Any
 
 import torch
 
-from qdora.adapterfile import loads_in_4bit, read_adapter
-from qdora.architecture import is_nf4_checkpoint
-from qdora.arithmetic import pick_device, usual_dtype
 from qdora.conversation import Answer, Conversation, Sampling
 from qdora.errors import ConfigError, DataError
 from qdora.generation import place_of
-from qdora.model import load_model
+from qdora.model import load_to_answer
 from qdora.rows import holds_half_a_pair
-from qdora.sources import local_model
 from qdora.tokenizer import tokenizer_of
 
 __all__ = ["Terminal", "chat", "converse"]
@@ -124,24 +120,19 @@ def chat(
         if holds_half_a_pair(text):
             raise DataError(f"{text!r} is not UTF-8 text")
     terminal = terminal or Terminal.standard()
-    source, file = local_model(model), None if adapter is None else read_adapter(adapter)
-    packed, place = is_nf4_checkpoint(source, trust_remote_code), pick_device(device)
-    in_4bit = loads_in_4bit(load_in_4bit, packed, file, model)
-    tokenizer, whose = tokenizer_of(source, adapter, trust_remote_code)
-    loaded = load_model(
-        source,
+    tokenizer, whose = tokenizer_of(model, adapter, trust_remote_code)
+    loaded, weights = load_to_answer(
+        model,
         adapter,
-        dtype=dtype or usual_dtype(source, adapter is not None, place),
-        device=place,
-        load_in_4bit=in_4bit,
+        dtype=dtype,
+        device=device,
+        load_in_4bit=load_in_4bit,
         stream_base=stream_base,
         embedding_on_host=embedding_on_host,
         trust_remote_code=trust_remote_code,
         allow_other_base=allow_other_base,
     )
-    loaded.eval()
     named = str(model) if adapter is None else f"{model} with {adapter}"
-    weights = "NF4 weights" if packed else "rounded to NF4 as it was loaded" if in_4bit else "16-bit weights"
     terminal.note(f"{named}: {weights}, {_arithmetic(loaded)}, {_template(tokenizer, whose)}")
     headings = {"without the adapter": False, "with the adapter": True} if compare else {"": True}
     voices = {

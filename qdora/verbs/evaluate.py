@@ -10,7 +10,7 @@ What is measured, each over the same rows:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -18,21 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from qdora.adapterfile import loads_in_4bit, read_adapter
 from qdora.answers import Question, answer, answerable, count_matches, questions
 from qdora.architecture import context_of, is_nf4_checkpoint
-from qdora.arithmetic import pick_device, usual_dtype
 from qdora.choices import Accuracy, Choice, accuracy, choice_rows
 from qdora.data import EncodedData, encode, last_answer_in
+from qdora.distributed import bar
 from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError
 from qdora.generation import place_of
 from qdora.inject import adapted_linears, adapters_disabled
 from qdora.loss import IGNORED
 from qdora.measure import padded_batches, row_likelihoods, score
-from qdora.model import load_model
-from qdora.output import write_json
+from qdora.model import load_to_answer
 from qdora.rows import Row, read_rows
 from qdora.scoring import ScoredModel
 from qdora.sources import local_model
@@ -89,9 +86,9 @@ class EvaluateReport:
             rows.append(("  likelihood a character", lambda m: _percent(m.choice_accuracy_by_character)))
         return rows
 
-    def write(self, path: str | Path) -> None:
-        """All figures as JSON."""
-        write_json(Path(path), asdict(self))
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
 
 
 def _percent(share: float | None) -> str:
@@ -129,7 +126,7 @@ def evaluate(
     max_length: int | None = None,
     exact_match_rows: int = 100,
     choices: Sequence[str] = (),
-    loss_on_all: bool = False,
+    completion_only_loss: bool = True,
     batch_size: int = 8,
     dtype: str | None = None,
     device: str | torch.device | None = None,
@@ -152,7 +149,7 @@ def evaluate(
         max_length: cut rows to so many tokens for the loss; by default to what the model takes.
         exact_match_rows: so many rows are answered and compared.
         choices: words of which each answer holds one, see `choices`.
-        loss_on_all: count prompts too.
+        completion_only_loss: False counts prompts too.
         dtype: of the arithmetic; see `arithmetic.usual_dtype`.
         load_in_4bit: quantize a 16-bit `model` as it loads; by default only if the adapter was trained on NF4.
         allow_other_base: measure the adapter on other weights than it was trained on, see `kinship`.
@@ -163,31 +160,23 @@ def evaluate(
     _check_counts(1, per_device_eval_batch_size=batch_size, max_rows=max_rows, max_length=max_length)
     _check_counts(0, exact_match=exact_match_rows)
     _check_merged(merged, trust_remote_code)
-    source, file = local_model(model), None if adapter is None else read_adapter(adapter)
-    packed = is_nf4_checkpoint(source, trust_remote_code)
-    tokenizer, whose = tokenizer_of(source, adapter, trust_remote_code)
+    tokenizer, whose = tokenizer_of(model, adapter, trust_remote_code)
     use_template(tokenizer, chat_template_path)
     rows = read_rows(dataset, dataset_split, dataset_config)[:max_rows]
     chosen = choice_rows(rows, dataset, choices)
-    place = pick_device(device)
     load = partial(
-        load_model,
-        device=place,
+        load_to_answer,
+        dtype=dtype,
+        device=device,
         stream_base=stream_base,
         embedding_on_host=embedding_on_host,
         trust_remote_code=trust_remote_code,
     )
-    loaded = load(
-        source,
-        adapter,
-        dtype=dtype or usual_dtype(source, adapter is not None, place),
-        load_in_4bit=loads_in_4bit(load_in_4bit, packed, file, model),
-        allow_other_base=allow_other_base,
-    )
+    loaded, _ = load(model, adapter, load_in_4bit=load_in_4bit, allow_other_base=allow_other_base)
     limit = context_of(loaded.config)
     length = min(filter(None, (max_length, limit)), default=None)
     exam = _Exam(
-        data=encode(rows, tokenizer, length, dataset, loss_on_all, _bar("tokenize", "rows")),
+        data=encode(rows, tokenizer, length, dataset, not completion_only_loss, bar("tokenize", "rows")),
         asked=answerable(_questions(rows[:exact_match_rows], tokenizer, dataset), limit),
         choices=chosen,
         choice_data=_choice_data(chosen, tokenizer, length, dataset),
@@ -201,7 +190,7 @@ def evaluate(
         results["adapter"] = _examine(loaded, tokenizer, exam, "adapter")
     del loaded  # there may be no room for two
     if merged is not None:
-        plain = load(merged, dtype=dtype or usual_dtype(local_model(merged), False, place), load_in_4bit=False)
+        plain, _ = load(merged, load_in_4bit=False)
         check_ids(plain, tokenizer, exam.ids(tokenizer.pad_token_id), whose)
         results["merged"] = _examine(plain, tokenizer, exam, "merged")
     models = {name: measured for name, (measured, _) in results.items()}
@@ -210,15 +199,14 @@ def evaluate(
 
 
 def _examine(model: Any, tokenizer: Any, exam: _Exam, name: str) -> tuple[Measured, list[tuple[str, str]]]:
-    model.eval()
     entry = ScoredModel(model)
     lean = entry.head_is_plain()
     rows = list(zip(exam.data.input_ids, exam.data.labels, strict=True))
     batches = list(padded_batches(rows, exam.batch_size, place_of(model)))
-    tally = score(entry, (batch for _, batch in _bar(f"{name}: loss", "batches")(batches)), lean)
+    tally = score(entry, (batch for _, batch in bar(f"{name}: loss", "batches")(batches)), lean)
     if not math.isfinite(tally.loss):
         raise NumericsError(f"the loss of {name} is not finite; try --dtype bfloat16 or float32")
-    given = answer(model, tokenizer, exam.asked, exam.batch_size, _bar(f"{name}: answers", "batches"))
+    given = answer(model, tokenizer, exam.asked, exam.batch_size, bar(f"{name}: answers", "batches"))
     chosen = _choose(entry, exam, lean, name)
     measured = Measured(
         tally.loss,
@@ -234,8 +222,8 @@ def _choose(entry: ScoredModel, exam: _Exam, lean: bool, name: str) -> Accuracy 
     if not exam.choices:
         return None
     rows = [row for data in exam.choice_data for row in zip(data.input_ids, data.labels, strict=True)]
-    bar = _bar(f"{name}: choices", "batches")
-    flat = iter(row_likelihoods(entry, rows, lean, place_of(entry.model), exam.batch_size, bar))
+    progress = bar(f"{name}: choices", "batches")
+    flat = iter(row_likelihoods(entry, rows, lean, place_of(entry.model), exam.batch_size, progress))
     return accuracy(exam.choices, [[next(flat) for _ in choice.rows] for choice in exam.choices])
 
 
@@ -277,7 +265,3 @@ def _check_counts(at_least: int, **counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < at_least:
             raise ConfigError(f"{name} must be at least {at_least}, found {count}")
-
-
-def _bar(what: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    return lambda items: tqdm(items, desc=what, unit=f" {unit}", leave=False)

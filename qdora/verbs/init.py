@@ -7,17 +7,17 @@ a line on when to change it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
-from qdora.architecture import model_facts
+from qdora.architecture import context_of, is_nf4, load_config
 from qdora.arguments import flags_of, parse_train
 from qdora.data import EncodedData, encode
+from qdora.distributed import bar
 from qdora.errors import ConfigError
 from qdora.output import replace_text
 from qdora.plan import SWITCHES, Need
@@ -89,23 +89,26 @@ def init(
         raise ConfigError(f"{path} is there already; name another file with --out, or pass --overwrite")
     if not path.parent.is_dir():
         raise ConfigError(f"no directory {path.parent} to write {path.name} in; make it first")
-    facts = model_facts(model, trust_remote_code)
+    architecture = load_config(model, trust_remote_code)
+    in_nf4 = is_nf4(architecture, model)
     rows = read_rows(dataset, config=dataset_config)
     tokenizer = load_tokenizer(model, trust_remote_code, fetch_weights=False)
     use_template(tokenizer, chat_template_path)
     lengths = _measure(rows, tokenizer, dataset)
     template = None if chat_template_path is None else str(chat_template_path)
     asked = {"dataset_config": dataset_config, "chat_template_path": template}
-    settings = _settings(str(model), str(dataset), asked, lengths, facts.context)
+    settings = _settings(str(model), str(dataset), asked, lengths, context_of(architecture))
     fitted = None if memory is None else _fit(settings, memory, use_cpu)
-    replace_text(path, _page(path, settings, lengths, facts.in_nf4, memory, fitted))
+    replace_text(path, _page(path, settings, lengths, in_nf4, memory, fitted))
     return InitReport(path, settings)
 
 
 def _measure(rows: Sequence[Row], tokenizer: Any, dataset: str | Path) -> _Lengths:
     step = max(1, len(rows) // _LOOKED_AT)
     numbers = range(1, len(rows) + 1, step)
-    data: EncodedData = encode([rows[i - 1] for i in numbers], tokenizer, None, dataset, progress=_bar, numbers=numbers)
+    data: EncodedData = encode(
+        [rows[i - 1] for i in numbers], tokenizer, None, dataset, progress=bar("tokenize", "rows"), numbers=numbers
+    )
     lengths = sorted(map(len, data.input_ids))
     covered = lengths[min(len(lengths) - 1, math.ceil(_COVERED * len(lengths)) - 1)]
     return _Lengths(data.layout, lengths[len(lengths) // 2], covered, lengths[-1], len(lengths), len(rows))
@@ -218,7 +221,3 @@ def _batch_comment(path: Path, settings: dict[str, Any], memory: str | None, fit
 def _number(value: Any) -> Any:
     """2e-4 as people write it: YAML's own form of a small number is 0.0002, and it reads `2e-4` as text."""
     return float(value) if isinstance(value, str) and value.replace("e-", "").isdigit() else value
-
-
-def _bar(rows: Iterable[Row]) -> Iterable[Row]:
-    return tqdm(rows, desc="tokenize", unit=" rows", leave=False)

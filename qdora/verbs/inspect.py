@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from qdora.adapterfile import WEIGHTS_FILE, AdapterFile, read_adapter
 from qdora.analysis import LinearChange, by_kind, change_of, correlation, correlations, kinds_of
 from qdora.baseweights import StoredBase
 from qdora.config import AdapterConfig
+from qdora.distributed import bar
 from qdora.drawing import draw_changes
 from qdora.errors import CheckpointError, ConfigError
 from qdora.output import replace_bytes
@@ -28,7 +27,7 @@ from qdora.tables import aligned, wrapped
 
 __all__ = ["InspectReport", "inspect"]
 
-PICTURE_FILE = "inspect.png"
+_PICTURE_FILE = "inspect.png"
 _MOST = 5
 _NAMED = 10
 _HASH_DIGITS = 16
@@ -211,7 +210,7 @@ def inspect(
     known = stored.kinship(file)
     changes = _changes(stored, file)
     title = f"{Path(adapter).resolve().name}: what training changed"
-    drawn, no_picture = _draw(changes, title, target or Path(adapter) / PICTURE_FILE, asked_for=target is not None)
+    drawn, no_picture = _draw(changes, title, target or Path(adapter) / _PICTURE_FILE, asked_for=target is not None)
     return InspectReport(
         adapter=str(adapter),
         config=file.config,
@@ -246,8 +245,8 @@ def _find_base(adapter: str | Path, file: AdapterFile, base: str | Path | None) 
 def _changes(stored: StoredBase, file: AdapterFile) -> tuple[LinearChange, ...]:
     keys = stored.adapted_keys(file)
     kinds = kinds_of(list(keys))
-    bar = tqdm(keys.items(), desc="inspect", unit=" linears", leave=False)
-    return tuple(change_of(path, kinds[path], stored.weight(key), file.linears[path]) for path, key in bar)
+    pairs = bar("inspect", "linears")(keys.items())
+    return tuple(change_of(path, kinds[path], stored.weight(key), file.linears[path]) for path, key in pairs)
 
 
 def _picture_file(picture: str | Path | None) -> Path | None:

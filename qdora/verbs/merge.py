@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from qdora.adapterfile import AdapterFile, LinearAdapter, read_adapter
 from qdora.architecture import is_nf4_checkpoint
 from qdora.arithmetic import compute_dtype, in_sixteen_bits
 from qdora.base import BaseWeight
 from qdora.baseweights import StoredBase
+from qdora.distributed import bar
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError
 from qdora.kinship import Kinship
@@ -127,9 +126,9 @@ def merge(
 
 def _write_tensors(writer: ShardWriter, stored: StoredBase, file: AdapterFile, dtype: torch.dtype) -> bool:
     """Every tensor of the merged model; returns whether its head is another matrix than its embedding by now."""
-    for key in _progress(stored.keys()):
+    for key in bar("merge", "tensors")(stored.keys()):
         writer.add(key, stored.linears.in_sixteen_bits(key, _merged(key, stored, file), dtype))
-    parted = parted_head(stored, file)
+    parted = _parted_head(stored, file)
     if parted is not None and parted[0] not in stored.reader:
         writer.add(parted[0], in_sixteen_bits(*parted, dtype))
     return parted is not None
@@ -173,7 +172,7 @@ def merged_weight(weight: BaseWeight, adapter: LinearAdapter | None) -> Tensor:
     return whole
 
 
-def parted_head(stored: StoredBase, file: AdapterFile) -> tuple[str, Tensor] | None:
+def _parted_head(stored: StoredBase, file: AdapterFile) -> tuple[str, Tensor] | None:
     """(key, weight) of a head that is another matrix than the embedding, if either was trained whole."""
     if stored.linears.ends is None or not file.whole.keys() & set(stored.linears.ends):
         return None
@@ -216,7 +215,3 @@ def _write_record(directory: Path, report: MergeReport, base: str | Path, adapte
         "verified": None if report.comparison is None else asdict(report.comparison),
     }
     write_json(directory / MERGE_RECORD, record)
-
-
-def _progress(keys: list[str]) -> Iterable[str]:
-    return tqdm(keys, desc="merge", unit=" tensors", leave=False)

@@ -124,18 +124,24 @@ def quantize(
         reader = ShardReader(source)
         linears = model_linears(source, tuple(skip_modules), trust_remote_code)
         report = QuantizeReport(Path(out), bytes_before=reader.total_bytes, kept_experts=linears.stacks)
-        with ShardWriter(directory, shard_bytes) as writer, _progress(reader) as bar:
-            for key in reader:
-                for part, matrix in _apart(key, reader.get(key), linears):
-                    for name, tensor in _convert(part, matrix, linears, kept_dtype, double_quant, target, report):
-                        writer.add(name, tensor)
-                bar.update(reader.nbytes(key))
+        with ShardWriter(directory, shard_bytes) as writer:
+            for key, tensor in _matrices(reader, linears):
+                for name, part in _convert(key, tensor, linears, kept_dtype, double_quant, target, report):
+                    writer.add(name, part)
         _check_complete(linears, report, model)
         report.bytes_after = writer.total_bytes
         _write_config(source, directory, linears, kept_dtype, double_quant)
         copy_side_files(source, directory)
         _write_record(directory, model, reader)
     return report
+
+
+def _matrices(reader: ShardReader, linears: Linears) -> Iterator[tuple[str, Tensor]]:
+    """The source's tensors, stacks of experts taken apart, one in memory at a time."""
+    with tqdm(total=reader.total_bytes, unit="B", unit_scale=True, desc="quantize", leave=False) as bar:
+        for key in reader:
+            yield from _apart(key, reader.get(key), linears)
+            bar.update(reader.nbytes(key))
 
 
 def _apart(key: str, tensor: Tensor, linears: Linears) -> Iterator[tuple[str, Tensor]]:
@@ -234,7 +240,3 @@ def _write_record(directory: Path, model: str | Path, reader: ShardReader) -> No
         "hash": fingerprint(ShardReader(directory)),
     }
     write_json(directory / QUANTIZE_RECORD, record)
-
-
-def _progress(reader: ShardReader) -> tqdm:
-    return tqdm(total=reader.total_bytes, unit="B", unit_scale=True, desc="quantize", leave=False)

@@ -16,37 +16,38 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from tqdm import tqdm
 from transformers import enable_full_determinism, set_seed
 from transformers.utils import logging
 
 from qdora.arguments import adapter_config, flags_of, parse_train
 from qdora.arithmetic import training_dtype
 from qdora.assembly import build_trainer
+from qdora.callbacks import StopWhenAsked
 from qdora.config import AdapterConfig
 from qdora.corpus import Corpus, load_corpus
 from qdora.curves import loss_series
-from qdora.distributed import is_main, processes, say
-from qdora.ending import end_for_memory, way_back
+from qdora.distributed import bar, is_main, processes, say
 from qdora.errors import CheckpointError, ConfigError, NumericsError, QDoRAError, out_of_memory, reason
-from qdora.exhausted import Headroom, memory_explained
+from qdora.exhausted import Headroom, end_for_memory, memory_explained
 from qdora.flags import RunArguments
 from qdora.groups import freeze_part
 from qdora.holding import linears_to_hold
 from qdora.hub import take_destination
 from qdora.inject import hold_outputs
+from qdora.kept import way_back
 from qdora.lock import locked
 from qdora.model import load_model, trainable_parameters
 from qdora.movement import MovementWatch
 from qdora.notes import Intention, leave_notes
 from qdora.output import writing
 from qdora.planner import adopt, asked_plan, choose, hollow_of, memory_model, usable_bytes
-from qdora.preflight import check_original, check_place, check_sharded, check_trackers
+from qdora.preflight import check_original, check_place, check_trackers
 from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
 from qdora.resume import RecordKeeper, Start, begin_record, finish_record, start
 from qdora.sharding import Sharding, take_sharding
 from qdora.signals import Stopped, StopRequest
+from qdora.together import check_sharded
 from qdora.tokenizer import check_ids, load_tokenizer, use_template
 
 __all__ = ["TrainReport", "train", "train_from_arguments"]
@@ -143,15 +144,14 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     check_ids(model, tokenizer, corpus.ids(tokenizer.pad_token_id))
     freeze_part(model, run.freeze)
     if run.hold_outputs:
-        names = linears_to_hold(hollow_of(run, training)) if holding is None else holding
-        hold_outputs(model, names)
-        say(f"holding the outputs of {', '.join(names) or 'no linear: none of this model is computed twice in vain'}")
+        _hold(model, run, training, holding)
     say(f"training {trainable_parameters(model):,} values of {run.model_name_or_path} on {_places(training, sharding)}")
     meant = Intention.of(run, training, need)
     request = StopRequest()
     with memory_explained("before the first step", headroom):
-        trainer = build_trainer(model, tokenizer, training, corpus, run, sharding, request)
+        trainer = build_trainer(model, tokenizer, training, corpus, run, sharding)
     trainer.add_callback(RecordKeeper(beginning))
+    trainer.add_callback(StopWhenAsked(request))  # the last, for it ends the run before those that come after it
     trainer.accelerator.wait_for_everyone()  # all have seen the directory as it was
     if is_main():
         with writing(output_dir):
@@ -233,19 +233,20 @@ def _load(run: RunArguments, training: Any, adapter: AdapterConfig, sharding: Sh
         trust_remote_code=training.trust_remote_code,
     )
     if run.init_lora_weights == "loftq":
-        _begin_with_residual(model, run, training)
+        original = run.original_model_name_or_path or run.model_name_or_path
+        say(str(begin_with_residual(model, original, training.trust_remote_code, bar("loftq", "linears"))))
     return model
 
 
-def _begin_with_residual(model: Any, run: RunArguments, training: Any) -> None:
-    original = run.original_model_name_or_path or run.model_name_or_path
-    said = begin_with_residual(
-        model,
-        original,
-        training.trust_remote_code,
-        progress=lambda linears: tqdm(linears, desc="loftq", unit=" linears", leave=False, disable=not is_main()),
-    )
-    say(str(said))
+def _hold(model: Any, run: RunArguments, training: Any, holding: tuple[str, ...] | None) -> None:
+    """Let the linears in which a recompute ends hold their outputs, and say which they are.
+
+    Args:
+        holding: those of the plan, if there is one.
+    """
+    names = linears_to_hold(hollow_of(run, training)) if holding is None else holding
+    hold_outputs(model, names)
+    say(f"holding the outputs of {', '.join(names) or 'no linear: none of this model is computed twice in vain'}")
 
 
 def _use_one_device(training: Any) -> None:
@@ -279,7 +280,7 @@ def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # the bar, the trackers
         raise
     except NumericsError as error:
-        raise NumericsError(f"{error}; {way_back(trainer)}") from None
+        raise NumericsError(f"{error}; {way_back(Path(trainer.args.output_dir))}") from None
     except UnpicklingError:
         # torch reads a trainer's state with `weights_only`, and refuses whatever would run code
         raise CheckpointError(
