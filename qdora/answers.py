@@ -11,9 +11,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from qdora.architecture import context_of
+from qdora.arithmetic import place_of
 from qdora.chats import TEXT
 from qdora.data import EncodedData, last_answer_in
-from qdora.generation import RefuseNaN, end_tokens, generating_by, place_of
+from qdora.generation import RefuseNaN, end_tokens, generating_by
 
 __all__ = ["Answered", "Question", "answer", "answerable", "count_matches", "questions"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -11,7 +12,15 @@ from torch import Tensor
 
 from qdora.errors import ConfigError, NumericsError, reason
 
-__all__ = ["compute_dtype", "in_sixteen_bits", "multiplies_bfloat16", "pick_device", "training_dtype", "usual_dtype"]
+__all__ = [
+    "compute_dtype",
+    "in_sixteen_bits",
+    "multiplies_bfloat16",
+    "pick_device",
+    "place_of",
+    "training_dtype",
+    "usual_dtype",
+]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -90,3 +99,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"no device {str(device)!r} here: {reason(error)}") from None
     return picked
+
+
+def place_of(model: Any) -> torch.device:
+    """Where a model's arithmetic is. Not `model.device`, which is the embedding's, and that may wait on the host."""
+    return model.get_output_embeddings().weight.device

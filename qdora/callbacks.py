@@ -12,7 +12,14 @@ from qdora.numerics import FiniteGuard
 from qdora.offload import HostInputs
 from qdora.signals import Stopped, StopRequest
 
-__all__ = ["KeepInputsOnHost", "MeasureTheEnd", "SaveAfterEpoch", "StopWhenAsked", "TellWhereItBegins"]
+__all__ = [
+    "EndAtTheFirstAdapter",
+    "KeepInputsOnHost",
+    "MeasureTheEnd",
+    "SaveAfterEpoch",
+    "StopWhenAsked",
+    "TellWhereItBegins",
+]
 
 
 class TellWhereItBegins(TrainerCallback):
@@ -83,6 +90,18 @@ class StopWhenAsked(TrainerCallback):
             where = checkpoint_of(args.output_dir, state.global_step)
             at = f" after step {state.global_step} of {state.max_steps}"
             raise Stopped(self._number, f"{at}, saved as {where}; the same command goes on from there")
+
+
+class EndAtTheFirstAdapter(TrainerCallback):
+    """Lets the backward end where the first gradient is wanted, once the trainer has enabled gradient checkpointing.
+
+    With that transformers asks for the gradient of what the embedding returns, so that frozen layers below the first
+    adapter are computed again and gone through in vain. Only reentrant checkpointing needs it.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            model.disable_input_require_grads()
 
 
 class KeepInputsOnHost(TrainerCallback):

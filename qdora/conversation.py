@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from qdora.architecture import context_of
+from qdora.arithmetic import place_of
 from qdora.errors import ConfigError
-from qdora.generation import RefuseNaN, end_tokens, generating_by, place_of, render_chat
+from qdora.generation import RefuseNaN, end_tokens, generating_by, render_chat
 from qdora.inject import adapters_disabled
 from qdora.tokenizer import check_ids
 

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from qdora.errors import ConfigError, NumericsError, reason
 from qdora.sources import quietly
 from qdora.templates import render
 
-__all__ = ["RefuseNaN", "end_tokens", "generating_by", "place_of", "render_chat"]
+__all__ = ["RefuseNaN", "end_tokens", "generating_by", "render_chat"]
 
 
 @contextmanager
@@ -30,11 +29,6 @@ def generating_by(model: Any, config: GenerationConfig) -> Iterator[GenerationCo
             yield config
     finally:
         model.generation_config = own
-
-
-def place_of(model: Any) -> torch.device:
-    """Where the arithmetic is. Not `model.device`, which is the embedding's, and that may wait on the host."""
-    return model.get_output_embeddings().weight.device
 
 
 class RefuseNaN(LogitsProcessor):

@@ -25,6 +25,7 @@ __all__ = ["CHUNK_BYTES", "IGNORED", "answer_loss", "nll_by_row", "positions_at_
 IGNORED = -100
 CHUNK_BYTES = 64 * 2**20
 _ROWS_IN_FP32 = 256
+_ROWS_OF_PRODUCT = 4096
 
 
 def answer_loss(
@@ -123,6 +124,13 @@ def _times(saved: Tensor, g: Tensor) -> Tensor:
     return product
 
 
+def _add_product(sum_VH: Tensor, g_TV: Tensor, h_TH: Tensor) -> None:
+    """sum += gᵀ·h, some rows at a time: the whole product, and its copy in the sum's fp32, may be gigabytes."""
+    for start in range(0, sum_VH.shape[0], _ROWS_OF_PRODUCT):
+        rows = slice(start, start + _ROWS_OF_PRODUCT)
+        sum_VH[rows] += g_TV[:, rows].t() @ h_TH
+
+
 def _chunk_nll(
     h_TH: Tensor,
     weight_VH: Tensor,
@@ -155,5 +163,5 @@ def _chunk_nll(
         elif dh_TH is not None:
             dh_TH.copy_(rounded @ weight_VH)  # under autocast, which looks at no `out`
         if dW_VH is not None:
-            dW_VH += rounded.t() @ h_TH
+            _add_product(dW_VH, rounded, h_TH)
     return nll_T

@@ -3,7 +3,8 @@
 A step's peak is reckoned in three parts. What stays from step to step (base weights, embeddings, adapters, optimizer
 state) is counted exactly, from the shapes of the whole model. What comes and goes within a layer, the loss and the
 optimizer's update is taken from a step over fake tensors (`simulate`). What grows with depth (kept inputs, gradients)
-is laid between them: while layer i of L is in its backward, i inputs are still kept and L - i layers have gradients.
+is laid between them: while layer i of L is in its backward, i inputs are still kept and L - i layers have gradients,
+each its own, for ranks and targets may differ; below the first layer that trains nothing is kept.
 """
 
 from __future__ import annotations
@@ -19,11 +20,22 @@ from torch import nn
 
 from qdora.dora import DoRALinear, FrozenLinear
 from qdora.errors import ConfigError, reason
+from qdora.groups import Rates, parameter_groups
 from qdora.holding import linears_to_hold
 from qdora.inject import adapted_linears, decoder_layers, freeze_dense, hold_outputs
 from qdora.optimizer import CompensatedAdamW, buckets
 from qdora.plan import Need, Plan, Run
-from qdora.simulate import Segment, StepTrace, cut, head_is_plain, simulate_loss, simulate_step, simulate_updates
+from qdora.simulate import (
+    Segment,
+    StepTrace,
+    cut,
+    first_trained,
+    head_is_plain,
+    simulate_loss,
+    simulate_step,
+    simulate_updates,
+    trained_bytes,
+)
 from qdora.stream import layer_bytes
 from qdora.whole import TrainedWhole
 
@@ -40,6 +52,10 @@ _STATE_BYTES = {
     "lion_8bit": 1.02,
     "lion_32bit": 4.0,
     "rmsprop_bnb_8bit": 1.02,
+    "ademamix": 12.0,
+    "ademamix_8bit": 3.05,
+    "paged_ademamix_8bit": 0.0,
+    "paged_ademamix_32bit": 0.0,
     "adafactor": 0.1,
     "sgd": 0.0,
 }
@@ -54,12 +70,14 @@ class MemoryModel:
         run: what is reckoned for.
 
     Raises:
-        ConfigError: the model has no decoder layers, or its step does not run.
+        ConfigError: the model has no decoder layers, none of them trains, or its step does not run.
     """
 
     def __init__(self, build: Callable[[], Any], run: Run) -> None:
         self._model, self._run = build(), run
         self._layers = decoder_layers(self._model)
+        if not any(map(trained_bytes, self._layers)):
+            raise ConfigError("cannot reckon a run in which no decoder layer trains")
         for layer in self._layers:
             freeze_dense(layer)  # as streaming does, so that what can be streamed is told by its type
         self._small = deepcopy(self._model)
@@ -107,42 +125,67 @@ class MemoryModel:
 
     def _moments(self, trace: StepTrace, plan: Plan) -> Iterator[_Moment]:
         """Every moment of the step that may be its worst, for the whole depth."""
-        layers, traced = len(self._layers), len(trace.forward)
-        kept, gradient, held = trace.kept_bytes, trace.gradient_bytes, self._held(plan)
-        accumulates = plan.accumulation > 1
+        gradients, traced = self._gradients, len(trace.forward)
+        layers, kept, held = len(gradients), trace.kept_bytes, self._held(plan)
 
-        def moment(when: str, what: str, segment: Segment, inputs: tuple[int, int], above: tuple[int, int]) -> _Moment:
-            # (in the trace, in the whole model): inputs that are kept, and layers above that have gradients
-            own = segment.peak - inputs[0] * kept - above[0] * gradient
+        def moment(when: str, what: str, segment: Segment, inputs: tuple[int, int], below: tuple[int, int]) -> _Moment:
+            # (in the trace, in the whole model): inputs that are kept, and the layer above which gradients are made
+            beside = self._beside_layers if below[1] < layers else 0
+            own = segment.peak - inputs[0] * kept - sum(trace.gradient_bytes[below[0] + 1 :]) - beside
             waiting = max(inputs[1] - 2, 0) if plan.activation_offloading else 0
-            # Those of an earlier micro-batch; what the layer itself makes is its own.
-            gradients = (layers - 1 if accumulates else above[1]) * gradient
-            return _Moment(when, what, own, inputs[1] * kept - waiting * (kept - held), gradients)
+            made = sum(gradients[below[1] + 1 :]) + beside
+            if plan.accumulation > 1:  # those of an earlier micro-batch; what the layer itself makes is its own
+                made = self._all_gradients - (gradients[below[1]] if below[1] < layers else 0)
+            return _Moment(when, what, own, inputs[1] * kept - waiting * (kept - held), made)
 
         last, whole = traced - 1, layers - 1
+        none = (traced, layers)
         forward, backward = "one layer's forward", "one layer's recompute and gradients"
-        yield moment("in the forward of the first layer", forward, trace.forward[0], (0, 0), (0, 0))
-        yield moment("in the forward of the last layer", forward, trace.forward[last], (last, whole), (0, 0))
+        yield moment("in the forward of the first layer", forward, trace.forward[0], (0, 0), none)
+        yield moment("in the forward of the last layer", forward, trace.forward[last], (last, whole), none)
         loss, logits = trace.loss, "all logits"
         if self._lean_loss:
             loss = Segment(loss.start, loss.start + self._loss(plan.rows, plan.loss_chunk_bytes))
             logits = "loss chunk"
-        yield moment("in the loss", logits, loss, (traced, layers), (0, 0))
-        yield moment("in the backward of the last layer", backward, trace.backward[last], (traced, layers), (0, 0))
+        yield moment("in the loss", logits, loss, (traced, layers), none)
+        yield moment("in the backward of the last layer", backward, trace.backward[last], none, (last, whole))
         if traced > 2:
             for number in {1, layers - 2}:
-                when = f"in the backward of layer {number + 1} of {layers}"
-                yield moment(when, backward, trace.backward[1], (2, number + 1), (last - 1, whole - number))
-        yield moment("in the backward of the first layer", backward, trace.backward[0], (1, 1), (last, whole))
+                when = f"in the backward of layer {self._untrained + number + 1} of {len(self._layers)}"
+                yield moment(when, backward, trace.backward[1], (2, number + 1), (1, number))
+        yield moment("in the backward of the first layer", backward, trace.backward[0], (1, 1), (0, 0))
         workspace = self._update.peak - self._update.start
-        yield _Moment("in the optimizer's step", "optimizer's workspace", workspace, 0, layers * gradient)
+        yield _Moment("in the optimizer's step", "optimizer's workspace", workspace, 0, self._all_gradients)
+
+    @cached_property
+    def _untrained(self) -> int:
+        """How many of the first layers no gradient goes through: they keep nothing and hold none."""
+        return 0 if trained_bytes(self._model.get_input_embeddings()) else first_trained(self._layers)
+
+    @cached_property
+    def _gradients(self) -> list[int]:
+        """Of each layer that gradients go through."""
+        return [trained_bytes(layer) for layer in self._layers[self._untrained :]]
+
+    @cached_property
+    def _beside_layers(self) -> int:
+        """Gradients that are there before the layers' own: the head's."""
+        head = self._model.get_output_embeddings()
+        return 0 if head is None else trained_bytes(head)
+
+    @cached_property
+    def _all_gradients(self) -> int:
+        return trained_bytes(self._model)
 
     @cached_property
     def _update(self) -> Segment:
         """The optimizer's step, from the state that it keeps to its peak."""
-        trained = [p for p in self._model.parameters() if p.requires_grad]
         if self._run.optim is None:
-            return simulate_updates(CompensatedAdamW, buckets(trained))
+            groups = parameter_groups(self._model, Rates(learning_rate=0.0))
+            return simulate_updates(
+                CompensatedAdamW, (bucket for group in groups for bucket in buckets(group["params"]))
+            )
+        trained = [p for p in self._model.parameters() if p.requires_grad]
         state = int(sum(p.numel() for p in trained) * _STATE_BYTES.get(self._run.optim, _FP32_ADAM_BYTES))
         return Segment(state, state)
 
@@ -159,7 +202,7 @@ class MemoryModel:
 
     def _waiting(self, plan: Plan, trace: StepTrace) -> dict[str, int]:
         """What is on the host."""
-        inputs = len(self._layers) * (trace.kept_bytes - self._held(plan))
+        inputs = len(self._gradients) * (trace.kept_bytes - self._held(plan))
         parts = {
             "base weights": sum(self._streamed) if plan.stream_base else 0,
             "embedding": self._embedding_bytes if plan.embedding_on_host else 0,
@@ -218,7 +261,7 @@ class MemoryModel:
                     kinds[kind] += tensor.nbytes
         for layer in adapted_linears(self._model).values():
             if layer.use_dora:
-                kinds["adapters"] += 8 * layer.out_features  # the row scale and its companion, fp32
+                kinds["adapters"] += 12 * layer.out_features  # the row scale and its two companions, fp32
         return kinds
 
 

@@ -4,10 +4,11 @@ What goes wrong without it. bf16 holds 8 bits of mantissa, so an update below 2�
 late in a decay, A and B stand still. The second moment is worse off: with β₂ = 0.999 it changes by a thousandth a step,
 which is below half of bf16's spacing, so it never falls again after a large gradient, and the steps stay too small.
 
-What is done. All arithmetic is fp32, in buckets. The parameter carries a bf16 compensation: what rounding took from it
-(Kahan's term), which makes 16 bits of mantissa of the two. The second moment is rounded stochastically, up or down with
-the probability that keeps its mean, so that it drifts as it should. The first moment changes by a tenth a step and may
-be rounded as it comes. Memory: 2 + 2 + 2 bytes a parameter beside the parameter itself.
+What is done. All arithmetic is fp32, a bucket of parameters or a slice of a large one at a time. The parameter carries
+a bf16 compensation: what rounding took from it (Kahan's term), which makes 16 bits of mantissa of the two. The second
+moment is rounded stochastically, up or down with the probability that keeps its mean, so that it drifts as it should.
+The first moment changes by a tenth a step and may be rounded as it comes. Memory: 2 + 2 + 2 bytes a parameter beside
+the parameter itself, and during the step 32 bytes for each of the two million values of a bucket.
 
 The rejected alternatives: an fp32 copy of each parameter (10 bytes); torch-optimi's AdamW, which compensates the
 parameter and not the second moment (500 steps after one large gradient it stood at 3.6 times its value, and torch's own
@@ -35,6 +36,8 @@ from qdora.errors import ConfigError
 __all__ = ["CompensatedAdamW", "buckets"]
 
 _BUCKET_VALUES = 2**21
+_Parts = dict[str, list[Tensor]]
+"""By name (parameter, gradient, exp_avg, …), that of each parameter; shards, where they are sharded."""
 
 
 class CompensatedAdamW(torch.optim.Optimizer):
@@ -77,7 +80,9 @@ class CompensatedAdamW(torch.optim.Optimizer):
             moving = [p for p in group["params"] if p.grad is not None]
             group["steps"] += bool(moving)  # a step that was left out is none, to the moments' corrections either
             for number, bucket in enumerate(buckets(moving)):
-                self._update(bucket, group, number)
+                for start, parts in _slices(self._tensors_of(bucket)):
+                    sharded = isinstance(bucket[0], DTensor)
+                    _update(parts, group, _random_bits(group, number, start, sharded))
         return loss
 
     def whole_state_dict(self) -> dict[str, Any]:
@@ -111,28 +116,11 @@ class CompensatedAdamW(torch.optim.Optimizer):
             else:
                 entries.setdefault("compensation", torch.zeros_like(parameter))
 
-    def _update(self, bucket: list[Tensor], group: dict[str, Any], number: int) -> None:
-        beta1, beta2 = group["betas"]
+    def _tensors_of(self, bucket: list[Tensor]) -> _Parts:
         states = [{name: local(value) for name, value in self._state_of(p).items()} for p in bucket]
-        params = [local(p) for p in bucket]
-        gradient = _joined(local(p.grad) for p in bucket if p.grad is not None)
-        mean = _joined(state["exp_avg"] for state in states).lerp_(gradient, 1 - beta1)
-        square = _joined(state["exp_avg_sq"] for state in states).mul_(beta2)
-        square.addcmul_(gradient, gradient, value=1 - beta2)
-        value = _joined(params)
-        if "compensation" in states[0]:
-            value += _joined(state["compensation"] for state in states)
-        value.mul_(1 - group["lr"] * group["weight_decay"])
-        denominator = (square / (1 - beta2 ** group["steps"])).sqrt_().add_(group["eps"])
-        value.addcdiv_(mean / (1 - beta1 ** group["steps"]), denominator, value=-group["lr"])
-        _split_into(mean, [state["exp_avg"] for state in states])
-        if "compensation" in states[0]:
-            sharded = isinstance(bucket[0], DTensor)
-            square = _stochastically_rounded(square, _generator(square.device, group, number, sharded))
-        _split_into(square, [state["exp_avg_sq"] for state in states])
-        _split_into(value, params)
-        if "compensation" in states[0]:
-            _split_into(value - _joined(params), [state["compensation"] for state in states])
+        named = {name: [state[name] for state in states] for name in states[0]}
+        gradients = [local(p.grad) for p in bucket if p.grad is not None]
+        return {**named, "parameter": [local(p) for p in bucket], "gradient": gradients}
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
@@ -142,6 +130,45 @@ class CompensatedAdamW(torch.optim.Optimizer):
                 names.append("compensation")
             state.update({name: torch.zeros_like(parameter) for name in names})
         return state
+
+
+def _slices(parts: _Parts) -> Iterator[tuple[int, _Parts]]:
+    """What is computed at once, and where it begins: all, or of one large tensor (a head) as much as fits a bucket."""
+    count, contiguous = len(parts["parameter"]), all(of[0].is_contiguous() for of in parts.values())
+    size = parts["parameter"][0].numel()
+    if count > 1 or size <= _BUCKET_VALUES or not contiguous:
+        yield 0, parts
+        return
+    flat = {name: of[0].view(-1) for name, of in parts.items()}
+    for start in range(0, size, _BUCKET_VALUES):
+        yield start, {name: [values[start : start + _BUCKET_VALUES]] for name, values in flat.items()}
+
+
+def _update(parts: _Parts, group: dict[str, Any], random_bits: Callable[[torch.device], torch.Generator]) -> None:
+    """One step of AdamW over these tensors, in place.
+
+    Args:
+        random_bits: for the stochastic rounding, on a device.
+    """
+    beta1, beta2 = group["betas"]
+    compensated = "compensation" in parts
+    gradient = _joined(parts["gradient"])
+    mean = _joined(parts["exp_avg"]).lerp_(gradient, 1 - beta1)
+    square = _joined(parts["exp_avg_sq"]).mul_(beta2)
+    square.addcmul_(gradient, gradient, value=1 - beta2)
+    value = _joined(parts["parameter"])
+    if compensated:
+        value += _joined(parts["compensation"])
+    value.mul_(1 - group["lr"] * group["weight_decay"])
+    denominator = (square / (1 - beta2 ** group["steps"])).sqrt_().add_(group["eps"])
+    value.addcdiv_(mean / (1 - beta1 ** group["steps"]), denominator, value=-group["lr"])
+    _split_into(mean, parts["exp_avg"])
+    if compensated:
+        square = _stochastically_rounded(square, random_bits(square.device))
+    _split_into(square, parts["exp_avg_sq"])
+    _split_into(value, parts["parameter"])
+    if compensated:
+        _split_into(value - _joined(parts["parameter"]), parts["compensation"])
 
 
 def _check_state(state_dict: dict[str, Any], groups: list[dict[str, Any]], params: list[Tensor]) -> None:
@@ -159,7 +186,7 @@ def _check_state(state_dict: dict[str, Any], groups: list[dict[str, Any]], param
 
 
 def buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """What is updated at once: parameters of one dtype and device, a few million values; few kernels, little fp32."""
+    """Parameters of one dtype and device, two million values or a single larger one: few kernels, little fp32."""
     bucket: list[Tensor] = []
     for parameter in params:
         kind = (parameter.dtype, parameter.device)
@@ -181,13 +208,15 @@ def _split_into(joined: Tensor, targets: list[Tensor]) -> None:
     torch._foreach_copy_(targets, [part.view_as(target) for part, target in zip(parts, targets, strict=True)])
 
 
-def _generator(device: torch.device, group: dict[str, Any], number: int, sharded: bool) -> torch.Generator:
-    """Of the random bits for one bucket in one step; each process has its own if it holds shards of its own."""
+def _random_bits(
+    group: dict[str, Any], number: int, start: int, sharded: bool
+) -> Callable[[torch.device], torch.Generator]:
+    """Makes the generator for a slice of a bucket in one step; each process its own, if it holds shards of its own."""
     process = torch.distributed.get_rank() if sharded else 0
     # Hashed, for the CPU's generator looks at 32 bits of a seed only.
-    name = f"{group['seed']} {group['steps']} {number} {process}"
+    name = f"{group['seed']} {group['steps']} {number} {process}{f' {start}' if start else ''}"
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
-    return torch.Generator(device).manual_seed(seed)
+    return lambda device: torch.Generator(device).manual_seed(seed)
 
 
 def _stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdora.arithmetic import place_of
 from qdora.distributed import say
 from qdora.errors import ConfigError, out_of_memory, reason
 
@@ -101,7 +102,7 @@ def rows_stay_apart(scored: Any, collate: _Collate) -> bool:
     handle, was_training = embedding.register_forward_hook(begin_here), scored.training
     scored.eval()
     try:
-        inputs = _on(scored.model.device, collate([{"input_ids": row, "labels": row} for row in (first, second)]))
+        inputs = _on(place_of(scored.model), collate([{"input_ids": row, "labels": row} for row in (first, second)]))
         logits = scored(**inputs, use_cache=False).logits[0, len(first) : len(first) + len(second)]
         # A plain sum may be the same whatever the logits are (a norm's outputs always sum to 0).
         (gradient,) = torch.autograd.grad(logits.float().square().sum(), seen[:1])

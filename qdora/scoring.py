@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
+from qdora.arithmetic import place_of
 from qdora.loss import CHUNK_BYTES, answer_loss, nll_by_row, summed_by_row
 
 __all__ = ["ScoredModel"]
@@ -69,7 +70,7 @@ class ScoredModel(nn.Module):
         was_training = model.training
         model.eval()
         try:
-            ids = torch.tensor([[0, 1]], device=model.device)
+            ids = torch.tensor([[0, 1]], device=place_of(model))
             hidden: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
             logits: Tensor = model(input_ids=ids, use_cache=False).logits
             if hidden.dtype != head.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):

@@ -5,7 +5,7 @@ the optimizer run over them as they would over real ones, and a dispatch mode co
 birth to its death. So every architecture is reckoned by what it does, not by what a formula believes that it does.
 
 The constraint. A 70B model must take seconds, and each operation over fake tensors costs some 50 µs. Decoder layers are
-alike, so the step is run with three of them, the last of the model: a first one, whose input needs no gradient, a
+alike, so the step is run with three of them, the last ones with adapters: a first one, whose input needs no gradient, a
 middle one, and a last one. What n layers keep and hold follows from the bytes of one.
 
 What is not seen: memory that a kernel takes and gives back within one operation (a matrix product's workspace).
@@ -39,12 +39,14 @@ __all__ = [
     "Segment",
     "StepTrace",
     "cut",
+    "first_trained",
     "head_is_plain",
     "rehearse_step",
     "simulate_loss",
     "simulate_step",
     "simulate_update",
     "simulate_updates",
+    "trained_bytes",
 ]
 
 _SIMULATED_LAYERS = 3
@@ -85,16 +87,33 @@ class StepTrace:
     """Of each layer, the recompute included, in the order of the layers."""
     kept_bytes: int
     """What one layer keeps for the backward: under checkpointing its input, and the outputs that it holds."""
-    gradient_bytes: int
-    """What one layer's gradients take."""
+    gradient_bytes: tuple[int, ...]
+    """What the gradients of each layer take, in the order of the layers."""
 
 
-def cut(model: nn.Module) -> None:
-    """Leave a model its last layers, as many as are simulated, in place."""
+def trained_bytes(module: nn.Module) -> int:
+    """What the gradients of a module take."""
+    return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+
+
+def first_trained(layers: Sequence[nn.Module]) -> int:
+    """The number of the first layer that trains; 0 if none does."""
+    return next((number for number, layer in enumerate(layers) if trained_bytes(layer)), 0)
+
+
+def cut(model: Any) -> None:
+    """Leave a model as many layers as are simulated, in place: those that train before the others, and the last ones.
+
+    None is left that comes before the first that trains, for no gradient goes there.
+    """
     layers = decoder_layers(model)
+    ranked = sorted(range(len(layers)), key=lambda number: (trained_bytes(layers[number]) > 0, number))
+    first = 0 if trained_bytes(model.get_input_embeddings()) else first_trained(layers)
+    others = sorted({*ranked[:-_SIMULATED_LAYERS], *range(first)}, reverse=True)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == len(layers) and module[0] is layers[0]:
-            del module[: max(0, len(layers) - _SIMULATED_LAYERS)]
+            for number in others:
+                del module[number]
 
 
 def simulate_step(
@@ -284,7 +303,7 @@ class _Step:
     def trace(self) -> StepTrace:
         """The marks of the last run, cut into segments."""
         n = len(decoder_layers(self._model))
-        gradient_bytes = sum(p.nbytes for p in self._trained) // n
+        gradient_bytes = tuple(map(trained_bytes, decoder_layers(self._model)))
         starts = [held - self._base for held, _ in self._marks]
         peaks = [most - self._base for _, most in self._marks[1:]]
         segments = [Segment(start, peak) for start, peak in zip(starts[:-1], peaks, strict=True)]

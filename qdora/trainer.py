@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from qdora.answers import Question, answer, count_matches
-from qdora.callbacks import TellWhereItBegins
+from qdora.callbacks import EndAtTheFirstAdapter, TellWhereItBegins
 from qdora.checkpoint import load_adapter, save_adapter
 from qdora.distributed import whole
 from qdora.errors import ConfigError, reason
@@ -86,6 +86,7 @@ class AdapterTrainer(SFTTrainer):
         self._rates_used: dict[str, float] = {}
         self.guard = FiniteGuard(self.model, self._replay, skips_nonfinite, self.accelerator.scaler)
         self.add_callback(TellWhereItBegins(self.guard))
+        self.add_callback(EndAtTheFirstAdapter())
         if sharding is not None:
             shard_root(self._scored, sharding)
             register_fsdp_forward_method(self._scored, "head_is_plain")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -49,9 +50,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         arguments.models = arguments.models or Path(scratch)
-        results = [compare(arguments, workload, rank) for workload in arguments.workloads for rank in arguments.ranks]
-    if arguments.out:
-        write(arguments, results)
+        results = []
+        for workload, rank in itertools.product(arguments.workloads, arguments.ranks):
+            results.append(compare(arguments, workload, rank))
+            if arguments.out:
+                write(arguments, results)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -98,19 +101,32 @@ def compare(arguments: argparse.Namespace, workload: str, rank: int) -> dict[str
     """All methods on one workload, in rounds."""
     print(f"\n{workload}, rank {rank}", flush=True)
     seconds: dict[str, list[float]] = {method: [] for method in arguments.methods}
+    peaks: dict[str, int] = {}
+    failed: dict[str, str] = {}
+
+    def measured(what: str, method: str) -> dict[str, Any] | None:
+        """None if it fails, as one does that needs more memory than there is; it is not tried again."""
+        try:
+            return None if method in failed else run_child(arguments, what, method, workload, rank)
+        except SystemExit as error:
+            print(f"  {error}", flush=True)
+            failed[method] = str(error).strip().rpartition("\n")[2]
+            return None
+
     for method in arguments.methods:
         kind = METHODS[method][1]
         write_model(WORKLOADS[workload], kind, model_directory(arguments.models, method, workload))
     for number in range(arguments.rounds):
         for method in arguments.methods:
-            seconds[method].append(run_child(arguments, "time", method, workload, rank)["seconds"])
-        line = ", ".join(f"{method} {times[-1]:.3f}" for method, times in seconds.items())
+            if (found := measured("time", method)) is not None:
+                seconds[method].append(found["seconds"])
+        line = ", ".join(f"{method} {times[-1]:.3f}" for method, times in seconds.items() if method not in failed)
         print(f"  round {number + 1}: {line}", flush=True)
-    peaks = {
-        method: run_child(arguments, "memory", method, workload, rank)["peak_bytes"]
-        for method in arguments.methods
-        if METHODS[method][0] not in ("floor", "operations")
-    }
+    for method in arguments.methods:
+        if METHODS[method][0] in ("floor", "operations"):
+            continue
+        if (found := measured("memory", method)) is not None:
+            peaks[method] = found["peak_bytes"]
     medians = {method: statistics.median(times) for method, times in seconds.items() if times}
     result = {
         "workload": workload,
@@ -120,6 +136,7 @@ def compare(arguments: argparse.Namespace, workload: str, rank: int) -> dict[str
         "seconds": seconds,
         "median_seconds": medians,
         "peak_bytes_above_model": peaks,
+        "failed": failed,
     }
     report(result)
     return result
@@ -144,14 +161,15 @@ def report(result: dict[str, Any]) -> None:
         line += f"{median:8.3f} {result['tokens'] / median:9.0f} " if median else f"{'':19}"
         line += f"{peak / 1e6:7.0f}" if peak else f"{'':7}"
         if OURS in seconds:
-            line += f"   {ratio(seconds[OURS], times):.3f}" if times else f"   {'':5}"
-            line += f", {peaks[OURS] / peak:.3f}" if peak else ""
+            line += f"   {ratio(seconds[OURS], times):.3f}" if times and seconds[OURS] else f"   {'':5}"
+            line += f", {peaks[OURS] / peak:.3f}" if peak and OURS in peaks else ""
+        line += f"   failed: {result['failed'][method]}" if method in result["failed"] else ""
         print(line)
 
 
 def ratio(ours: list[float], other: list[float]) -> float:
     """The median over the rounds of what one method took as a share of what the other did in the same round."""
-    return statistics.median(a / b for a, b in zip(ours, other, strict=True))
+    return statistics.median(a / b for a, b in zip(ours, other, strict=False))  # one that failed has fewer
 
 
 def write(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
@@ -160,11 +178,9 @@ def write(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.6 * len(results)), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, result in zip(figure.subplots(len(results), 2, squeeze=False), results, strict=True):
         for axis, name, scale, decimals, unit in (
             (axes[0], "median_seconds", 1.0, 2, "seconds a step"),

@@ -17,7 +17,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,13 @@ class Case:
     """Of our own switches, those that are on."""
     rows: int = 1
     accumulation: int = 1
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    """Further flags, of what is trained."""
 
     @property
     def name(self) -> str:
         batch = f"{self.rows} × {self.length}" + (f", {self.accumulation} micro-batches" * (self.accumulation > 1))
-        return ", ".join([self.shape, batch, *self.flags])
+        return ", ".join([self.shape, batch, *self.flags, *(f"{name} {value}" for name, value in self.adapter.items())])
 
     def settings(self) -> dict[str, Any]:
         """As flags of `qdora train`."""
@@ -66,6 +69,7 @@ class Case:
             "per_device_train_batch_size": self.rows,
             "gradient_accumulation_steps": self.accumulation,
             **dict.fromkeys(self.flags, True),
+            **self.adapter,
         }
 
 
@@ -79,6 +83,8 @@ def cases(shapes: list[str], lengths: list[int]) -> list[Case]:
         Case(shapes[0], shortest, rows=4, accumulation=2),
         Case(shapes[0], shortest, ("activation_offloading",), rows=2),
         Case(last, shortest, ("activation_offloading", "stream_base")),
+        Case(shapes[0], shortest, rows=4, adapter={"modules_to_save": "lm_head"}),
+        Case(shapes[0], shortest, rows=2, adapter={"lora_target_modules": r".*layers\.[01]\..*_proj"}),
     ]
 
 

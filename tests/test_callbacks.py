@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from safetensors.torch import load_file
 
+import qdora.verbs.train
 from qdora.callbacks import StopWhenAsked, TellWhereItBegins
 from qdora.numerics import FiniteGuard
 from qdora.signals import Stopped, StopRequest
@@ -34,6 +36,28 @@ def state(step: int, epoch: float) -> Any:
 
 def asked_to_stop() -> StopWhenAsked:
     return StopWhenAsked(cast(StopRequest, SimpleNamespace(number=int(signal.SIGTERM))))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_the_backward_ends_at_the_first_adapter(
+    reentrant: bool | None, tiny_nf4: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen layers below it give no gradients, unless reentrant checkpointing needs them to."""
+    wanted: list[bool] = []
+    load = qdora.verbs.train.load_model
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        model = load(*arguments, **settings)
+        upper = model.get_submodule("model.layers.1")
+        upper.register_forward_pre_hook(lambda _, inputs: wanted.append(inputs[0].requires_grad))
+        return model
+
+    monkeypatch.setattr(qdora.verbs.train, "load_model", watched)
+    how = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    quick(tiny_nf4, pairs_file, tmp_path, max_steps=2, lora_target_modules=r".*layers\.1\..*_proj", **how)
+    assert any(wanted) == bool(reentrant)
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(value.count_nonzero() for name, value in adapter.items() if "lora_B" in name)
 
 
 def test_a_run_that_is_asked_to_stop_saves_first() -> None:

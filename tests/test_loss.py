@@ -35,7 +35,11 @@ def test_loss_and_gradient(dtype: torch.dtype, budget: float, bias: bool, chunk:
 
 @pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("trained", ["all", "bias", "weight"])
-def test_a_head_that_is_trained_whole(dtype: torch.dtype, budget: float, trained: str) -> None:
+@pytest.mark.parametrize("rows_at_once", [4096, 12])
+def test_a_head_that_is_trained_whole(
+    rows_at_once: int, dtype: torch.dtype, budget: float, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qdora.loss._ROWS_OF_PRODUCT", rows_at_once)
     torch.manual_seed(0)
     hidden = torch.randn(3, 11, 16).to(dtype).requires_grad_(trained == "all")
     weight, bias = torch.randn(50, 16).to(dtype), torch.randn(50).to(dtype)

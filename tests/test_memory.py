@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import qdora
+from qdora import ConfigError
 from qdora.architecture import hollow_model
 from qdora.inject import adapted_linears, decoder_layers
 from qdora.memory import MemoryModel
@@ -52,7 +53,7 @@ def test_what_lasts_is_what_the_loaded_model_holds(in_4bit: bool, use_dora: bool
     assert parts["base weights"] == sum(tensor.nbytes for tensor in bases)
     assert parts["embeddings and head"] == sum(tensor.nbytes for tensor in ends)
     trained = [p for p in model.parameters() if p.requires_grad]
-    caches = 8 * sum(layer.out_features for layer in layers) if use_dora else 0
+    caches = 12 * sum(layer.out_features for layer in layers) if use_dora else 0
     norms = sum(layer.base_norm().nbytes for layer in layers) if use_dora else 0
     assert parts["adapters"] == sum(p.nbytes for p in trained) + norms + caches
     assert parts["optimizer state"] == pytest.approx(6 * sum(p.numel() for p in trained), rel=0.01)
@@ -115,7 +116,37 @@ def test_accumulated_gradients_are_there_from_the_start(path: Path) -> None:
     assert twice.parts["gradients"] > once.parts.get("gradients", 0)
 
 
-@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_32bit", "adafactor", "lion_8bit", "an_unknown_one"])
+def test_gradients_are_each_module_s_own(path: Path) -> None:
+    """A head that trains has one, whatever the depth; layers have theirs, which may differ."""
+    batch = replace(PLAN, accumulation=2)  # all are there at the peak
+    head = reckoned(path, replace(ADAPTER, modules_to_save=("lm_head",))).need(batch).parts
+    plain = reckoned(path).need(batch).parts
+    layer = sum(p.nbytes for p in hollow_model(path, ADAPTER).parameters() if p.requires_grad) // 8
+    assert head["gradients"] - plain["gradients"] in (400 * 64 * 2, 400 * 64 * 2 + layer)
+    uneven = replace(ADAPTER, rank_pattern={r"layers\.[0-4]\..*_proj": 64})
+    trained = [p.nbytes for p in hollow_model(path, uneven).parameters() if p.requires_grad]
+    assert sum(trained) - max(trained) * 21 <= reckoned(path, uneven).need(batch).parts["gradients"] <= sum(trained)
+
+
+@pytest.mark.parametrize(("layers", "kept"), [("[0-1]", 8), ("[5-7]", 3), ("[6-7]", 2)])
+def test_layers_below_the_first_adapter_keep_nothing(layers: str, kept: int, path: Path) -> None:
+    """Those above it do, adapters or not: the backward goes through them."""
+    some = replace(ADAPTER, target_modules=rf".*layers\.{layers}\..*_proj")
+    need = reckoned(path, some).need(replace(PLAN, activation_offloading=True))
+    assert need.host_parts == {"layer inputs": kept * 2 * 64 * 64 * 2}
+
+
+def test_a_run_without_adapters_in_the_layers(path: Path) -> None:
+    def build() -> Any:
+        return hollow_model(path, ADAPTER).requires_grad_(False)
+
+    with pytest.raises(ConfigError, match=r"^cannot reckon a run in which no decoder layer trains$"):
+        MemoryModel(build, Run(length=64, workspace=CPU))
+
+
+@pytest.mark.parametrize(
+    "optim", ["adamw_8bit", "paged_adamw_32bit", "adafactor", "lion_8bit", "ademamix_8bit", "an_unknown_one"]
+)
 def test_other_optimizers_by_their_state(optim: str, path: Path, memory: MemoryModel) -> None:
     trained = sum(p.numel() for p in hollow_model(path, ADAPTER).parameters() if p.requires_grad)
     state = reckoned(path, optim=optim).need(PLAN).parts.get("optimizer state", 0)

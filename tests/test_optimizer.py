@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qdora.errors import ConfigError
 from qdora.optimizer import CompensatedAdamW
+from qdora.simulate import simulate_update
 
 
 def run(optimizer: torch.optim.Optimizer, values: list[Tensor], gradients: list[list[Tensor]]) -> None:
@@ -29,8 +30,10 @@ def gradients_for(values: list[Tensor], steps: int) -> list[list[Tensor]]:
     return [[torch.randn(value.shape, generator=generator).bfloat16() for value in values] for _ in range(steps)]
 
 
-def test_in_fp32_it_is_torch_s_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdora.optimizer._BUCKET_VALUES", 80)
+@pytest.mark.parametrize("values_at_once", [80, 16])
+def test_in_fp32_it_is_torch_s_adamw(values_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In buckets of two parameters, and in slices of one."""
+    monkeypatch.setattr("qdora.optimizer._BUCKET_VALUES", values_at_once)
     ours, theirs = start(torch.float32), start(torch.float32)
     settings = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
     run(CompensatedAdamW(ours, **settings), ours, gradients_for(ours, 30))
@@ -39,8 +42,12 @@ def test_in_fp32_it_is_torch_s_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_in_bf16_it_tracks_fp32_where_plain_bf16_stands_still() -> None:
+@pytest.mark.parametrize("values_at_once", [2**21, 16])
+def test_in_bf16_it_tracks_fp32_where_plain_bf16_stands_still(
+    values_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps of 1e-4 on values near 1, where bf16 is spaced 8e-3."""
+    monkeypatch.setattr("qdora.optimizer._BUCKET_VALUES", values_at_once)
     exact, ours, plain = start(torch.float32), start(torch.bfloat16), start(torch.bfloat16)
     for value, rounded in zip(exact, ours, strict=True):
         value.data.copy_(rounded.data)
@@ -85,6 +92,24 @@ def test_it_takes_two_bytes_a_parameter_more_than_plain_bf16() -> None:
     ours, plain = start(torch.bfloat16), start(torch.bfloat16)
     values = sum(value.numel() for value in ours)
     assert state_bytes(CompensatedAdamW(ours), ours) == state_bytes(torch.optim.AdamW(plain), plain) + 2 * values
+
+
+def test_a_large_parameter_is_updated_in_slices() -> None:
+    """A head takes no more fp32 for its step than many small parameters do."""
+    sizes = [2**21, 2**23]
+    segments = [simulate_update(CompensatedAdamW, [torch.empty(n, dtype=torch.bfloat16, device="meta")]) for n in sizes]
+    assert [segment.start for segment in segments] == [6 * n for n in sizes]
+    assert segments[1].peak - segments[1].start == segments[0].peak - segments[0].start == 32 * 2**21
+
+
+def test_each_slice_has_random_bits_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdora.optimizer._BUCKET_VALUES", 1000)
+    value = torch.ones(2000, dtype=torch.bfloat16).requires_grad_()
+    optimizer = CompensatedAdamW([value])
+    run(optimizer, [value], [[torch.full((2000,), 0.3)]])
+    first, second = optimizer.state[value]["exp_avg_sq"].split(1000)
+    assert first.unique().numel() == 2
+    assert not torch.equal(first, second)
 
 
 def test_resuming_gives_the_same_bits() -> None:

@@ -158,6 +158,16 @@ def test_what_lets_rows_see_each_other_is_refused(kind: str, changes: dict[str, 
         check_rows_apart(scored, collate)
 
 
+def test_they_are_tried_out_where_the_arithmetic_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the embedding is, which may wait on the host."""
+    scored, places = build("llama"), []
+    scored.model.set_output_embeddings(torch.nn.Linear(32, 99, device="meta"))
+    monkeypatch.setattr("qdora.packing._on", lambda place, batch: places.append(place) or {})
+    with pytest.raises(ValueError, match="input_ids"):
+        rows_stay_apart(scored, collate)
+    assert places == [torch.device("meta")]
+
+
 def test_the_sentence_names_model_and_attention() -> None:
     with pytest.raises(
         ConfigError, match="packing would let rows see each other: FalconForCausalLM with sdpa attention"
@@ -174,6 +184,9 @@ def test_a_forward_that_does_not_know_positions_is_refused() -> None:
 
         def get_input_embeddings(self) -> Any:
             return self.inner.get_input_embeddings()
+
+        def get_output_embeddings(self) -> Any:
+            return self.inner.get_output_embeddings()
 
         def forward(self, input_ids: Any, attention_mask: Any = None, use_cache: bool = False) -> Any:
             return self.inner(input_ids, attention_mask)

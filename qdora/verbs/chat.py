@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
+from qdora.arithmetic import place_of
 from qdora.conversation import Answer, Conversation, Sampling
 from qdora.errors import ConfigError, DataError
-from qdora.generation import place_of
 from qdora.model import load_to_answer
 from qdora.rows import holds_half_a_pair
 from qdora.tokenizer import tokenizer_of

@@ -21,11 +21,11 @@ import torch
 
 from qdora.answers import Question, answer, answerable, count_matches, questions
 from qdora.architecture import context_of, is_nf4_checkpoint
+from qdora.arithmetic import place_of
 from qdora.choices import Accuracy, Choice, accuracy, choice_rows
 from qdora.data import EncodedData, encode, last_answer_in
 from qdora.distributed import bar
 from qdora.errors import CheckpointError, ConfigError, DataError, NumericsError
-from qdora.generation import place_of
 from qdora.inject import adapted_linears, adapters_disabled
 from qdora.loss import IGNORED
 from qdora.measure import padded_batches, row_likelihoods, score
