@@ -15,6 +15,7 @@ from qdora.signals import Stopped, StopRequest
 __all__ = [
     "EndAtTheFirstAdapter",
     "KeepInputsOnHost",
+    "LogTheEnd",
     "MeasureTheEnd",
     "SaveAfterEpoch",
     "StopWhenAsked",
@@ -23,13 +24,23 @@ __all__ = [
 
 
 class TellWhereItBegins(TrainerCallback):
-    """Tells the guard at which step a run, maybe a resumed one, begins."""
+    """Tells the guard at which step a run, maybe a resumed one, begins; and that its intervals are those of its flags,
+    for the trainer would go on by the checkpoint's."""
 
     def __init__(self, guard: FiniteGuard) -> None:
         self._guard = guard
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._guard.start(state.global_step)
+        state.compute_steps(args, state.max_steps)
+
+
+class LogTheEnd(TrainerCallback):
+    """Logs the last step too: it is what a report ends with."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class MeasureTheEnd(TrainerCallback):

@@ -104,6 +104,8 @@ def start(run: RunArguments, training: Any, output_dir: Path) -> Start:
         checkpoint = _asked_for(training.resume_from_checkpoint, output_dir)
         _check_optimizer(checkpoint, settings)
         beginning = _from(checkpoint, settings, this if _is_in(checkpoint, output_dir) else None)
+        _check_steps(beginning, training.max_steps)
+        _say_which_rate(checkpoint, settings)
         if _is_in(checkpoint, output_dir):
             return beginning
         if unfinished is not None and unfinished.get("began_from") == beginning.began_from:
@@ -113,9 +115,13 @@ def start(run: RunArguments, training: Any, output_dir: Path) -> Start:
         if unfinished and (not run.overwrite_output_dir or unfinished["settings"].get("overwrite_output_dir")):
             return _go_on(settings, output_dir, unfinished)
         beginning = Start(settings)
-    if not run.overwrite_output_dir and (record or (output_dir / CONFIG_FILE).is_file() or checkpoints_in(output_dir)):
+    began = (record and record["finished"]) or (output_dir / CONFIG_FILE).is_file() or checkpoints_in(output_dir)
+    if record and not began:
+        say(f"{output_dir} holds a run that ended before its first checkpoint; beginning anew")
+    if began and not run.overwrite_output_dir:
         raise ConfigError(
-            f"{output_dir} holds an earlier run{_which(record, other)}, or pass --overwrite_output_dir true"
+            f"{output_dir} holds an earlier run{_which(record, other, last_checkpoint(output_dir))}, or pass "
+            "--overwrite_output_dir true"
         )
     return beginning
 
@@ -202,13 +208,29 @@ def _check_optimizer(checkpoint: Path, settings: dict[str, Any]) -> None:
         )
 
 
+def _check_steps(beginning: Start, max_steps: int) -> None:
+    if 0 < max_steps <= beginning.step and not beginning.trained:
+        raise ConfigError(
+            f"{beginning.checkpoint} has {beginning.step} steps already; --max_steps {max_steps} leaves none, give more"
+        )
+
+
+def _say_which_rate(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Rates are the schedule's, and go on with it; if the checkpoint has one."""
+    there = (_read_record(checkpoint.parent) or {"settings": {}})["settings"].get("learning_rate")
+    asked = settings["learning_rate"]
+    if there not in (None, asked) and (checkpoint / OPTIMIZER_FILE).is_file():
+        say(f"the learning rate goes on as in {checkpoint} ({there:g}); --learning_rate {asked:g} is for a new run")
+
+
 def _family(optim: str) -> str:
     """Optimizers of one family can take over each other's state."""
     return "own" if optim in OWN_OPTIMIZERS else optim.removeprefix("paged_").replace("adamw_bnb_8bit", "adamw_8bit")
 
 
-def _which(record: dict[str, Any] | None, other: str | None) -> str:
-    choose = "go on with --resume_from_checkpoint last, choose another directory"
+def _which(record: dict[str, Any] | None, other: str | None, last: Path | None) -> str:
+    go_on = "go on with --resume_from_checkpoint last, " if last is not None else ""
+    choose = f"{go_on}choose another directory"
     if record is None:
         return f"; {choose}"
     return (
@@ -223,8 +245,9 @@ def _asked_for(wanted: Any, output_dir: Path) -> Path:
         wanted = last_checkpoint(output_dir)
         if wanted is None:
             raise ConfigError(f"nothing to resume: {output_dir} holds no checkpoint; start without the flag")
-    checkpoint = Path(wanted)
-    if not (checkpoint / STATE_FILE).is_file():
+    named = (Path(wanted), output_dir / wanted)
+    checkpoint = next((path for path in named if (path / STATE_FILE).is_file()), None)
+    if checkpoint is None:
         raise ConfigError(f"nothing to resume: {wanted} is not a trainer's checkpoint; name one, or `last`")
     fault = fault_of(checkpoint, complete=False)
     if fault is not None:

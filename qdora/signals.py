@@ -1,6 +1,6 @@
-"""SIGTERM and SIGINT: work ends with nothing half-written, and a training with a checkpoint.
+"""SIGTERM, SIGHUP and SIGINT: work ends with nothing half-written, and a training with a checkpoint.
 
-Python turns SIGINT into an exception, on whose way out scratch files are removed; here SIGTERM does the same. A
+Python turns SIGINT into an exception, on whose way out scratch files are removed; here the others do the same. A
 training asks for more: it finishes its step, saves, and then ends. In both a second signal ends the process at once.
 """
 
@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -19,7 +19,9 @@ from qdora.distributed import is_main, processes
 
 __all__ = ["StopRequest", "Stopped", "ending_cleanly"]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A terminal that is closed, and `ssh` that is cut off, send SIGHUP; not everywhere is one.
+_ENDING = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+_SIGNALS = (*_ENDING, signal.SIGINT)
 # A launcher passes a signal on that the terminal has sent to its processes too.
 _ECHO_SECONDS = 2.0
 
@@ -41,20 +43,18 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def ending_cleanly() -> Iterator[None]:
-    """Within it the first SIGTERM raises `Stopped`, wherever the work is."""
+    """Within it the first SIGTERM or SIGHUP raises `Stopped`, wherever the work is."""
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         raise Stopped(number)
 
-    if not _may_handle(signal.SIGTERM):
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
+    before = {each: signal.signal(each, end) for each in _ENDING if _may_handle(each)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 class StopRequest:
@@ -81,7 +81,8 @@ class StopRequest:
             if is_main():
                 name = signal.Signals(number).name
                 # Not `print`: the signal may have come in the middle of one.
-                os.write(2, f"\nqdora: {name}: finishing this step, then saving; once more ends at once\n".encode())
+                with suppress(OSError):  # the terminal may be gone
+                    os.write(2, f"\nqdora: {name}: finishing this step, then saving; once more ends at once\n".encode())
         elif processes() == 1 or now - self._asked_at > _ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

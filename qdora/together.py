@@ -113,6 +113,8 @@ def check_together(run: RunArguments, training: Any) -> None:
         value = getattr(training, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be at least {least}, found {value}")
+    if training.max_steps == 0 or training.max_steps < -1:
+        raise ConfigError(f"--max_steps must be at least 1, or -1 for whole epochs, found {training.max_steps}")
     if not training.num_train_epochs > 0 and training.max_steps <= 0:
         raise ConfigError(f"--num_train_epochs must be above 0, found {training.num_train_epochs:g}")
 

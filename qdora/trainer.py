@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from qdora.answers import Question, answer, count_matches
-from qdora.callbacks import EndAtTheFirstAdapter, TellWhereItBegins
+from qdora.callbacks import EndAtTheFirstAdapter, LogTheEnd, TellWhereItBegins
 from qdora.checkpoint import load_adapter, save_adapter
 from qdora.distributed import whole
 from qdora.errors import ConfigError, reason
@@ -87,6 +87,7 @@ class AdapterTrainer(SFTTrainer):
         self.guard = FiniteGuard(self.model, self._replay, skips_nonfinite, self.accelerator.scaler)
         self.add_callback(TellWhereItBegins(self.guard))
         self.add_callback(EndAtTheFirstAdapter())
+        self.add_callback(LogTheEnd())
         if sharding is not None:
             shard_root(self._scored, sharding)
             register_fsdp_forward_method(self._scored, "head_is_plain")

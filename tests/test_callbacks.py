@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 import qdora.verbs.train
 from qdora.callbacks import StopWhenAsked, TellWhereItBegins
@@ -95,5 +96,8 @@ def test_nobody_asked() -> None:
 def test_the_guard_learns_where_a_run_begins() -> None:
     steps: list[int] = []
     guard = cast(FiniteGuard, SimpleNamespace(start=steps.append))
-    TellWhereItBegins(guard).on_train_begin(ARGS, state(7, 1.5), control())
+    args, resumed = SimpleNamespace(logging_steps=2, eval_steps=None, save_steps=0.25), TrainerState(logging_steps=10)
+    resumed.global_step, resumed.max_steps = 7, 20
+    TellWhereItBegins(guard).on_train_begin(args, resumed, control())
     assert steps == [7]
+    assert (resumed.logging_steps, resumed.save_steps) == (2, 5)

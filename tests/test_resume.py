@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import shutil
@@ -18,7 +19,7 @@ from transformers import TrainerCallback
 import qdora.verbs.train
 from qdora import CheckpointError, ConfigError, arithmetic
 from qdora.signals import Stopped
-from tests.test_train import quick
+from tests.test_train import QUICK, quick
 
 FLAGS: dict[str, Any] = {"max_steps": 7, "save_steps": 2, "lora_dropout": 0.1, "lr_scheduler_type": "linear"}
 
@@ -152,6 +153,86 @@ def test_a_run_whose_output_was_taken_away_can_be_stopped(
             quick(tiny_nf4, pairs_file, out, **FLAGS)
     quick(tiny_nf4, pairs_file, out, **FLAGS)
     assert "going on from checkpoint-6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_r": 2}, "has rank 2 here and 4 in the adapter"),
+        ({"lora_alpha": 5}, "is scaled by .* here and by .* in the adapter"),
+        ({"use_dora": False}, "one of model and adapter has a magnitude"),
+        ({"lora_target_modules": ["q_proj"]}, "adapts other linears than the model does"),
+    ],
+)
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    flags: dict[str, Any], message: str, out: Path, tiny_nf4: Path, pairs_file: Path
+) -> None:
+    before = digests(out)
+    with pytest.raises(CheckpointError, match=rf"^cannot go on from .*checkpoint-4: .*{message}.*; keep the base and"):
+        quick(tiny_nf4, pairs_file, out, **FLAGS, resume_from_checkpoint=str(out / "checkpoint-4"), **flags)
+    assert digests(out) == before
+
+
+def test_a_checkpoint_is_found_by_its_name(out: Path, tiny_nf4: Path, pairs_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing to resume: checkpoint-5 is not a trainer's checkpoint; name one"):
+        quick(tiny_nf4, pairs_file, out, **FLAGS, resume_from_checkpoint="checkpoint-5")
+    report = quick(tiny_nf4, pairs_file, out, **FLAGS, resume_from_checkpoint="checkpoint-4")
+    assert report.steps == 7
+
+
+def test_no_step_is_left(out: Path, tiny_nf4: Path, pairs_file: Path) -> None:
+    flags = {**FLAGS, "max_steps": 6, "resume_from_checkpoint": "checkpoint-6"}
+    with pytest.raises(ConfigError, match=r"checkpoint-6 has 6 steps already; --max_steps 6 leaves none, give more$"):
+        quick(tiny_nf4, pairs_file, out, **flags)
+
+
+def test_what_a_resumed_run_takes_from_its_flags(
+    out: Path, tiny_nf4: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The intervals, and not the rate, which is the schedule's."""
+    flags = {
+        **FLAGS,
+        "save_steps": 3,
+        "logging_steps": 2,
+        "learning_rate": 0.1,
+        "resume_from_checkpoint": "checkpoint-4",
+    }
+    quick(tiny_nf4, pairs_file, out, **flags)
+    assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 4, 6, 7)}
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert [row["step"] for row in rows if row["loss"]][-2:] == ["6", "7"]
+    said = capsys.readouterr()
+    assert "the learning rate goes on as in " in said.out
+    assert "(0.005); --learning_rate 0.1 is for a new run" in said.out
+    assert "do not match" not in said.err
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_protects_nothing(
+    out: Path, tiny_nf4: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (out / "adapter_config.json").unlink(missing_ok=True)
+    quick(tiny_nf4, pairs_file, out, **{**FLAGS, "max_steps": 1})
+    assert f"{out} holds a run that ended before its first checkpoint; beginning anew" in capsys.readouterr().out
+    shutil.rmtree(out / "checkpoint-1")
+    with pytest.raises(
+        ConfigError, match=r"holds an earlier run with other settings \(.*\); choose another directory, or"
+    ):
+        quick(tiny_nf4, pairs_file, out, **FLAGS)
+
+
+def test_a_dry_run_looks_at_no_earlier_one(whole: Path, tiny_nf4: Path, pairs_file: Path) -> None:
+    before = digests(whole)
+    flags = {
+        **QUICK,
+        **FLAGS,
+        "model_name_or_path": str(tiny_nf4),
+        "dataset": str(pairs_file),
+        "output_dir": str(whole),
+    }
+    assert qdora.train(**flags, dry_run=True) is None
+    assert digests(whole) == before
 
 
 def test_overwriting_begins_anew_once(

@@ -27,11 +27,12 @@ def defaults() -> Iterator[None]:
 
 @pytest.mark.usefixtures("defaults")
 def test_sigterm_unwinds() -> None:
-    with pytest.raises(Stopped, match="stopped by SIGTERM") as caught, ending_cleanly():
-        signal.raise_signal(signal.SIGTERM)
-    assert caught.value.status == 143
-    assert not isinstance(caught.value, Exception)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    for number, name, status in ((signal.SIGTERM, "SIGTERM", 143), (signal.SIGHUP, "SIGHUP", 129)):
+        with pytest.raises(Stopped, match=f"stopped by {name}") as caught, ending_cleanly():
+            signal.raise_signal(number)
+        assert caught.value.status == status
+        assert not isinstance(caught.value, Exception)
+        assert signal.getsignal(number) is signal.SIG_DFL
 
 
 @pytest.mark.usefixtures("defaults")

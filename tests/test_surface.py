@@ -46,7 +46,7 @@ LAYERS = [
         "tables",
         "templates",
     },
-    {"base", "flags", "groups", "nearest", "nf4format", "origin", "signals", "trial", "workspace"},
+    {"base", "flags", "groups", "listeners", "nearest", "nf4format", "origin", "signals", "trial", "workspace"},
     {"arithmetic", "bypassed", "config", "distributed", "lock"},
     {"patterns"},
     {"errors"},

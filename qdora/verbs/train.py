@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -23,6 +24,7 @@ from qdora.arguments import adapter_config, flags_of, parse_train
 from qdora.arithmetic import training_dtype
 from qdora.assembly import build_trainer
 from qdora.callbacks import StopWhenAsked
+from qdora.checkpoint import load_adapter
 from qdora.config import AdapterConfig
 from qdora.corpus import Corpus, load_corpus
 from qdora.curves import loss_series
@@ -35,6 +37,7 @@ from qdora.holding import linears_to_hold
 from qdora.hub import take_destination
 from qdora.inject import hold_outputs
 from qdora.kept import way_back
+from qdora.listeners import outlasting_listeners
 from qdora.lock import locked
 from qdora.model import load_model, trainable_parameters
 from qdora.movement import MovementWatch
@@ -51,6 +54,8 @@ from qdora.together import check_sharded
 from qdora.tokenizer import check_ids, load_tokenizer, use_template
 
 __all__ = ["TrainReport", "train", "train_from_arguments"]
+
+_OLD_INTERVALS = "do not match the ones in the `trainer_state.json`"  # those that are asked for now are used
 
 
 @dataclass
@@ -112,7 +117,7 @@ def train_from_arguments(arguments: Sequence[str]) -> TrainReport | None:
     training.log_level_replica = "error"
     output_dir = Path(training.output_dir)
     check_place(output_dir)
-    with ExitStack() as stack:
+    with outlasting_listeners(), ExitStack() as stack:
         if is_main() and not run.dry_run:
             with writing(output_dir):
                 stack.enter_context(locked(output_dir / ".qdora.lock", output_dir))
@@ -123,7 +128,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     sharding = take_sharding(training)
     _settle_dtype(run, training)  # the record below holds it: a run that goes on elsewhere must not compute in another
     check_trackers(training.report_to)
-    beginning = start(run, training, output_dir)
+    beginning = Start({}) if run.dry_run else start(run, training, output_dir)
     adapter = adapter_config(run)
     if sharding is not None:
         check_sharded(run, training)
@@ -142,6 +147,8 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     with memory_explained("while the model was loaded", headroom):
         model = _load(run, training, adapter, sharding)
     check_ids(model, tokenizer, corpus.ids(tokenizer.pad_token_id))
+    if beginning.checkpoint is not None:
+        _check_fits(model, beginning.checkpoint)
     freeze_part(model, run.freeze)
     if run.hold_outputs:
         _hold(model, run, training, holding)
@@ -238,6 +245,17 @@ def _load(run: RunArguments, training: Any, adapter: AdapterConfig, sharding: Sh
     return model
 
 
+def _check_fits(model: Any, checkpoint: str) -> None:
+    """Take the checkpoint's adapter over, which the trainer does once more: what does not fit shows before the record
+    of this run stands in the place of that one's."""
+    try:
+        load_adapter(model, checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"cannot go on from {checkpoint}: {error}; keep the base and the flags of the adapter that it has"
+        ) from None
+
+
 def _hold(model: Any, run: RunArguments, training: Any, holding: tuple[str, ...] | None) -> None:
     """Let the linears in which a recompute ends hold their outputs, and say which they are.
 
@@ -263,6 +281,21 @@ def _places(training: Any, sharding: Sharding | None) -> str:
     return f"{processes()} processes ({training.device.type}), {how}"
 
 
+@contextmanager
+def _without(words: str) -> Iterator[None]:
+    """Within it transformers does not say this, which is not true here."""
+
+    def is_other(record: Any) -> bool:
+        return words not in record.getMessage()
+
+    logger = getLogger("transformers.trainer_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
     if beginning.trained:
         trainer.stand_at(beginning.checkpoint)
@@ -275,7 +308,8 @@ def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
     # How patient early stopping still is, for one: without that a resumed run might end at another step.
     trainer.args.restore_callback_states_from_checkpoint |= beginning.same
     try:
-        trainer.train(resume_from_checkpoint=beginning.checkpoint)
+        with _without(_OLD_INTERVALS):
+            trainer.train(resume_from_checkpoint=beginning.checkpoint)
     except Stopped:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # the bar, the trackers
         raise
