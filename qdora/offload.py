@@ -4,12 +4,16 @@ Under gradient checkpointing a step keeps one tensor a layer for the backward: t
 checkpointing function that parks just that in pinned host memory, behind the arithmetic, and fetches it back a layer
 ahead. Nothing else is parked: offloading whatever autograd saves, the recompute's tensors too, halves the speed.
 
+A tensor stays alive until its copy is done, and the arithmetic waits for the copies of the layers before the last two.
+`record_stream` would not hold it up, and then it runs ahead of the copies, each layer's input in a new block.
+
 The input embedding is a lookup of a few rows. `HostEmbedding` looks them up on the host and sends them over.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Self
@@ -24,6 +28,8 @@ from qdora.inject import decoder_layers
 from qdora.origin import version_of
 
 __all__ = ["HostEmbedding", "HostInputs", "keep_embedding_on_host"]
+
+_COPIES_UNDER_WAY = 2
 
 
 def keep_embedding_on_host(model: Any, device: torch.device) -> None:
@@ -66,7 +72,10 @@ class HostInputs:
         module: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._module = module
         self._stream: Any = module.Stream(device) if hasattr(module, "Stream") else None
+        self._pins = self._stream is not None
         self._waiting: list[weakref.ref[_Parked]] = []
+        self._under_way: deque[tuple[Tensor, Any]] = deque()
+        """Tensors on the device that are copied from or to, each with the event of its end."""
 
     def install(self, model: nn.Module) -> None:
         """Use this for the decoder layers, once the model has gradient checkpointing enabled."""
@@ -95,11 +104,11 @@ class HostInputs:
         return result
 
     def _park(self, tensor: Tensor) -> _Parked:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pins)
         with self._aside():
             host.copy_(tensor, non_blocking=True)
-        if self._stream is not None:
-            tensor.record_stream(self._stream)
+        self._hold(tensor.detach())
+        self._let_go(all_but=_COPIES_UNDER_WAY)
         parked = _Parked(host)
         self._waiting.append(weakref.ref(parked))
         return parked
@@ -110,10 +119,7 @@ class HostInputs:
         self._bring(packed)
         tensor, packed.back = packed.back, None
         assert tensor is not None
-        if self._stream is not None:
-            now = self._module.current_stream(self._device)
-            now.wait_event(packed.arrived)
-            tensor.record_stream(now)
+        self._let_go(all_but=0)
         # The backward goes down the layers: the one parked before this one is next.
         self._waiting = [ref for ref in self._waiting if ref() is not None and ref() is not packed]
         below = self._waiting[-1]() if self._waiting else None
@@ -123,11 +129,23 @@ class HostInputs:
 
     def _bring(self, parked: _Parked) -> None:
         if parked.back is None:
+            parked.back = torch.empty(parked.host.shape, dtype=parked.host.dtype, device=self._device)
             with self._aside():
-                parked.back = parked.host.to(self._device, copy=True, non_blocking=True)
-                if self._stream is not None:
-                    parked.arrived = self._module.Event()
-                    parked.arrived.record(self._stream)
+                parked.back.data.copy_(parked.host, non_blocking=True)  # which counts as no change, see `origin`
+            self._hold(parked.back)
+
+    def _hold(self, tensor: Tensor) -> None:
+        """Keep a tensor until the copy that was asked for last is done; without streams it is already."""
+        if self._stream is not None:
+            done = self._module.Event()
+            done.record(self._stream)
+            self._under_way.append((tensor, done))
+
+    def _let_go(self, all_but: int) -> None:
+        """Let the arithmetic wait for the oldest copies: what it does from then on may use their memory again."""
+        while len(self._under_way) > all_but:
+            _, done = self._under_way.popleft()
+            self._module.current_stream(self._device).wait_event(done)
 
     def _aside(self) -> Any:
         """The stream beside the arithmetic, from where that stands now."""
@@ -143,4 +161,3 @@ class _Parked:
     def __init__(self, host: Tensor) -> None:
         self.host = host
         self.back: Tensor | None = None
-        self.arrived: Any = None

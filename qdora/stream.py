@@ -16,12 +16,14 @@ does the same job (`scripts/bench_stream.py`: on a CPU equal in time and memory 
 yet). But it copies every weight out of the checkpoint's mapped file, gathers a layer into a buffer and copies it out
 of it again, and needs a process group and torch's leave to shard bytes.
 
-Where the layers wait: in one pinned block each, so that a layer is one copy, if the host has room for that; otherwise
-as they were loaded, mapped from the checkpoint's files, which costs no memory that the system cannot take back.
+Where the layers wait: in a few pinned blocks each, so that a layer is a few copies, if the host has room for that;
+otherwise as they were loaded, mapped from the checkpoint's files, which costs no memory that the system cannot take
+back, but then a copy may hold up who asks for it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -34,11 +36,12 @@ from qdora.dora import FrozenLinear
 from qdora.errors import ConfigError
 from qdora.inject import decoder_layers, freeze_dense
 
-__all__ = ["LayerStream", "StreamedWeight", "layer_bytes", "stream_base"]
+__all__ = ["LayerStream", "StreamedWeight", "layer_bytes", "pinned_pieces", "stream_base"]
 
 _ALIGNMENT = 256
 # Pinned memory cannot be swapped out: what is left must do for the rest of the machine.
 _PINNED_SHARE = 0.7
+_SMALLEST_PIECE = 2**20
 
 
 def stream_base(model: nn.Module, device: torch.device) -> LayerStream:
@@ -57,7 +60,8 @@ def stream_base(model: nn.Module, device: torch.device) -> LayerStream:
         layers.append([module for module in layer.modules() if isinstance(module, FrozenLinear)])
     weights: list[list[Any]] = [[linear.base for linear in linears] for linears in layers]
     total = sum(map(layer_bytes, weights))
-    pin = device.type != "cpu" and total < _PINNED_SHARE * psutil.virtual_memory().available
+    room = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    pin = device.type != "cpu" and total < _PINNED_SHARE * room
     stream = LayerStream(weights, device, pin)
     for index, linears in enumerate(layers):
         for linear in linears:
@@ -68,6 +72,16 @@ def stream_base(model: nn.Module, device: torch.device) -> LayerStream:
 def layer_bytes(weights: Sequence[nn.Module]) -> int:
     """What these weights take in a slot."""
     return sum(_aligned(tensor.nbytes) for weight in weights for _, _, tensor in _tensors(weight))
+
+
+def pinned_pieces(size: int) -> list[slice]:
+    """How to lay so many bytes into pinned memory: torch rounds each block of it up to a power of two."""
+    pieces, start = [], 0
+    while start < size:
+        power = max(1 << ((size - start).bit_length() - 1), _SMALLEST_PIECE)
+        pieces.append(slice(start, min(start + power, size)))
+        start += power
+    return pieces
 
 
 class LayerStream:
@@ -91,7 +105,7 @@ class LayerStream:
     def _bind(self, weights: Sequence[nn.Module], number: int, pin: bool) -> list[tuple[Tensor, Tensor]]:
         """Turn a layer's tensors into windows; what is returned fills them: (on the host, in the slot)."""
         slot = self.slots[number % len(self.slots)]
-        block = torch.empty(layer_bytes(weights) if pin else 0, dtype=torch.uint8, pin_memory=pin)
+        block = torch.empty(layer_bytes(weights) if pin else 0, dtype=torch.uint8)
         copies = []
         start = 0
         for weight in weights:
@@ -103,7 +117,7 @@ class LayerStream:
                 copies.append((source, window))
                 _replace(owner, name, window.view(tensor.dtype).view(tensor.shape))
                 start += _aligned(tensor.nbytes)
-        return [(block, slot[: block.numel()])] if pin else copies
+        return [(block[piece].pin_memory(), slot[piece]) for piece in pinned_pieces(len(block))] if pin else copies
 
     def require(self, index: int) -> None:
         """Return when what is asked of the device from now on finds this layer in its slot."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +73,40 @@ def test_one_tensor_a_layer_is_parked_and_its_original_given_back(
     assert len(shapes) == 5
     del loss
     assert all(ref() is None for ref in inputs._waiting), "nothing stays on the host after the step"
+
+
+class Streams:
+    """The calls to a device's streams, in their order, where there is no such device."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.Event = lambda: SimpleNamespace(record=lambda stream: self.calls.append(("record", stream)))
+
+    def current_stream(self, _: Any) -> Any:
+        return SimpleNamespace(wait_event=lambda event: self.calls.append(("wait", event)))
+
+    def stream(self, _: Any) -> Any:
+        return nullcontext()
+
+
+def test_the_arithmetic_waits_for_the_copies_before_the_last_two(tmp_path: Path) -> None:
+    """So no more than that many layers' inputs are on the device, however far ahead the host is."""
+    path = make_model(tmp_path / "model", num_hidden_layers=5)
+    model = load(path, "cpu").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs, streams = HostInputs(model.device), Streams()
+    inputs._module, inputs._pins = streams, False
+    inputs._stream = SimpleNamespace(wait_stream=lambda _: None)
+    inputs.install(model)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    assert [call for call, _ in streams.calls] == [*["record"] * 3, "wait", "record", "wait", "record", "wait"]
+    assert len(inputs._under_way) == 2
+    streams.calls.clear()
+    loss.backward()
+    # The last is fetched and all is waited for, then the next one is fetched ahead of its use, and waited for then.
+    assert [call for call, _ in streams.calls] == ["record", *["wait"] * 3, *["record", "wait"] * 4]
+    assert not inputs._under_way
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_a_layer_that_changes_its_input_is_refused(tmp_path: Path) -> None:

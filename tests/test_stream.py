@@ -20,7 +20,7 @@ from qdora.nf4 import NF4Weight
 from qdora.nf4format import quantize_nf4
 from qdora.offload import HostInputs
 from qdora.optimizer import CompensatedAdamW
-from qdora.stream import LayerStream, StreamedWeight, layer_bytes
+from qdora.stream import LayerStream, StreamedWeight, layer_bytes, pinned_pieces
 from tests.conftest import disturb, make_model
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -142,6 +142,26 @@ def test_each_layer_is_fetched_once_a_pass_and_ahead_of_its_use() -> None:
     assert walk(3, 2, 1, 0) == [[], [1], [0], []]
     assert walk(0, 1, 2, 3) == [[], [2], [3], []]
     assert walk(0) == [[0, 1]]
+
+
+def test_pinned_pieces_are_powers_of_two_and_give_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the last: torch gives pinned memory so, and would give 268 MB for a layer of 141."""
+    sizes = [piece.stop - piece.start for piece in pinned_pieces(140_600_000)]
+    assert sum(sizes) == 140_600_000
+    assert all(size.bit_count() == 1 for size in sizes[:-1])
+    assert sizes[-1] <= 2**20
+    assert pinned_pieces(0) == []
+    # There may be nothing here to pin it for.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    monkeypatch.setattr("qdora.stream._SMALLEST_PIECE", 256)
+    torch.manual_seed(0)
+    layers = [nn.ModuleList([NF4Weight.from_tensors(quantize_nf4(torch.randn(230, 64)))]) for _ in range(3)]
+    weights = [layer[0].dequantize() for layer in layers]
+    stream = LayerStream(layers, torch.device("cpu"), pin=True)
+    assert len(stream._copies[0]) > 1
+    for number in (0, 1, 2, 1, 0):
+        stream.require(number)
+        assert torch.equal(layers[number][0].dequantize(), weights[number])
 
 
 def test_an_interrupted_fetch_is_done_again() -> None:
