@@ -198,7 +198,8 @@ class MemoryModel:
             resident["base weights"] += 2 * max(self._streamed) - streamed + self._rounding
         if plan.embedding_on_host:
             resident["embeddings and head"] -= self._embedding_bytes
-        return {**resident, "optimizer state": self._update.start}
+        buckets_bytes = self._all_gradients if self._run.replicated else 0
+        return {**resident, "optimizer state": self._update.start, "gradient buckets": buckets_bytes}
 
     def _waiting(self, plan: Plan, trace: StepTrace) -> dict[str, int]:
         """What is on the host."""

@@ -87,6 +87,8 @@ class Run:
     flattened: bool = False
     """Whether the rows of a micro-batch are laid end to end, so that it needs one between them."""
 
+    replicated: bool = False
+    """Whether other processes train the same: DDP joins gradients in buckets, beside the gradients themselves."""
     lean_loss: bool = True
     """Whether the loss is the plain one, which is computed without all the logits."""
 

@@ -16,6 +16,7 @@ import torch
 from qdora.architecture import hollow_model
 from qdora.arguments import adapter_config
 from qdora.arithmetic import training_dtype
+from qdora.distributed import processes
 from qdora.errors import ConfigError
 from qdora.flags import OWN_OPTIMIZERS, RunArguments, loss_is_plain
 from qdora.groups import freeze_part
@@ -70,6 +71,7 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
             workspace=ACCELERATOR if on_accelerator else CPU,
             optim=None if training.optim in OWN_OPTIMIZERS else str(getattr(training.optim, "value", training.optim)),
             checkpointing=training.gradient_checkpointing,
+            replicated=processes() > 1,
             lean_loss=loss_is_plain(training),
             filled=training.packing,
             # As TRL does: these ways of packing, and batches without padding, go through attention as one row.

@@ -128,6 +128,13 @@ def test_gradients_are_each_module_s_own(path: Path) -> None:
     assert sum(trained) - max(trained) * 21 <= reckoned(path, uneven).need(batch).parts["gradients"] <= sum(trained)
 
 
+def test_ddp_s_buckets_are_as_large_as_the_gradients(path: Path, memory: MemoryModel) -> None:
+    alone, among = memory.need(PLAN), reckoned(path, replicated=True).need(PLAN)
+    trained = sum(p.nbytes for p in hollow_model(path, ADAPTER).parameters() if p.requires_grad)
+    assert among.device_bytes - alone.device_bytes == among.parts["gradient buckets"] == trained
+    assert "gradient buckets" not in alone.parts
+
+
 @pytest.mark.parametrize(("layers", "kept"), [("[0-1]", 8), ("[5-7]", 3), ("[6-7]", 2)])
 def test_layers_below_the_first_adapter_keep_nothing(layers: str, kept: int, path: Path) -> None:
     """Those above it do, adapters or not: the backward goes through them."""
