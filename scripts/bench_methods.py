@@ -1,8 +1,9 @@
 """The contestants of `bench_step.py`: one optimizer step by each method, and the shapes they are run on.
 
-Every method but the last three gets the same model, loss (chunked, from the last hidden states), AdamW (fused, which is
-Hugging Face's default) and non-reentrant checkpointing of each decoder layer; adapters in bf16 on all linears, no
-dropout. PEFT gets its fastest settings: no fp32 upcast of the adapters (`autocast_adapter_dtype=False`) and no
+Every method but the last two gets the same model, loss (chunked, from the last hidden states), AdamW (fused, which is
+Hugging Face's default) and non-reentrant checkpointing of each decoder layer as transformers enables it, which asks for
+the gradient of the embedding's output too (`qdora train` does not); adapters in bf16 on all linears, no dropout. PEFT
+gets its fastest settings: no fp32 upcast of the adapters (`autocast_adapter_dtype=False`) and no
 `prepare_model_for_kbit_training`, which upcasts everything that is in 16 bits. On a CPU that is slow in bf16 all
 methods compute in fp32, as `qdora train` does there, and PEFT's adapters are in fp32: it multiplies in their dtype.
 
