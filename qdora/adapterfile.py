@@ -42,8 +42,9 @@ PREFIX = "base_model.model."
 _PARTS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
+    # As PEFT writes it, and as transformers looks for it and we write it; a file may hold both.
     ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",  # PEFT before 0.10
+    ".lora_magnitude_vector.weight": "magnitude",
 }
 # What is trained in other places than linears, or other layers.
 _UNSUPPORTED = ("target_parameters", "trainable_token_indices", *OTHER_FORWARDS, "layer_replication")
@@ -198,7 +199,10 @@ def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str,
             raise CheckpointError(f"{directory} holds {tensor.dtype} in {key!r}; an adapter is in float32 or 16 bits")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{directory} holds values that are not finite in {key!r}; its training went wrong")
-        grouped.setdefault(key.removeprefix(PREFIX).removesuffix(suffix), {})[_PARTS[suffix]] = tensor
+        parts = grouped.setdefault(key.removeprefix(PREFIX).removesuffix(suffix), {})
+        known = parts.setdefault(_PARTS[suffix], tensor)
+        if known is not tensor and not torch.equal(known.float(), tensor.float()):
+            raise CheckpointError(f"{directory} holds two magnitudes that differ, one in {key!r}; keep the right one")
     if not grouped:
         raise CheckpointError(f"{directory} holds no adapter tensors")
     return grouped

@@ -1,9 +1,12 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` beside `adapter_model.safetensors`.
 
 `PeftModel.from_pretrained` reads what is written here, and what PEFT wrote is read here. The file holds the full
-magnitude m = ‖W‖ + δ in fp32, under PEFT's name for it, which has no `.weight` at its end. In the file's metadata stand
-the facts that PEFT's config has no place for: whether the base was NF4, for `qdora merge` to know, and what tells the
-weights it was trained on from others, which every verb that takes base and adapter compares (see `kinship`).
+magnitude m = ‖W‖ + δ in fp32, under the key that PEFT and transformers both read. PEFT itself writes it without the
+`.weight` at its end, and of that transformers' own loaders (`AutoModelForCausalLM.from_pretrained(adapter)`,
+`model.load_adapter`) make nothing: the magnitudes stay what they began as. Under both keys they would report
+the other as unexpected at every load. In the file's metadata stand the facts that PEFT's config has no place for:
+whether the base was NF4, for `qdora merge` to know, and what tells the weights it was trained on from others, which
+every verb that takes base and adapter compares (see `kinship`).
 
 m in fp32 does not always give δ back to the last bit: next to a norm of 1, fp32 is spaced 6e-8. A trainer that goes on
 from a checkpoint must not notice, so checkpoints carry δ itself as well, in `OFFSETS_FILE`, as does what a model's own
@@ -68,7 +71,7 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False,
         tensors[f"{PREFIX}{path}.lora_A.weight"] = A
         tensors[f"{PREFIX}{path}.lora_B.weight"] = B
         if offset is not None:
-            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = layer.base_norm().cpu() + offset
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector.weight"] = layer.base_norm().cpu() + offset
             offsets[path] = offset
     whole_weights = _whole_weights(model)
     tensors |= {f"{PREFIX}{name}": weight.detach().cpu().clone() for name, weight in whole_weights.items()}

@@ -7,6 +7,7 @@ bitsandbytes' own 4-bit linears: 5e-2, twice the distance that PEFT itself, in b
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from dataclasses import replace
@@ -144,7 +145,7 @@ def test_the_file_is_peft_s(tiny_adapter: Path) -> None:
     tensors = load_file(tiny_adapter / WEIGHTS_FILE)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     assert tensors[f"{key}A.weight"].dtype == torch.bfloat16
-    assert tensors[f"{key}magnitude_vector"].dtype == torch.float32
+    assert tensors[f"{key}magnitude_vector.weight"].dtype == torch.float32
     assert read_adapter(tiny_adapter).base_kind == "nf4"
 
 
@@ -485,7 +486,7 @@ def test_shapes_and_parts_are_quoted(tiny_adapter: Path, tmp_path: Path) -> None
             ({"lora_B.weight": lambda t: t[:, 0].clone()}, r"rank 4: A \(4, \d+\), B \(\d+,\), magnitude \(\d+,\)$"),
             ({"lora_B.weight": lambda t: t[:, 1:].clone()}, r"do not agree with rank 4"),
             ({"lora_A.weight": lambda t: t[1:].clone()}, r"do not agree with rank 4"),
-            ({"magnitude_vector": lambda t: t[1:].clone()}, r"do not agree with rank 4"),
+            ({"magnitude_vector.weight": lambda t: t[1:].clone()}, r"do not agree with rank 4"),
             ({"lora_A.weight": lambda t: None}, r"has the parts B, magnitude; with use_dora=True it needs A, B, mag"),
             ({"x.lora_C.weight": torch.ones(2)}, r"bad\d holds 'x\.lora_C\.weight', which is no part of"),
             (
@@ -503,16 +504,45 @@ def test_shapes_and_parts_are_quoted(tiny_adapter: Path, tmp_path: Path) -> None
         read_adapter(empty)
 
 
-def test_peft_s_old_name_of_the_magnitude(tiny_adapter: Path, tmp_path: Path) -> None:
-    old = tmp_path / "old"
-    shutil.copytree(tiny_adapter, old)
-    tensors = load_file(old / WEIGHTS_FILE)
-    renamed = {f"{key}.weight" if key.endswith("vector") else key: tensor for key, tensor in tensors.items()}
-    save_file(renamed, old / WEIGHTS_FILE)
-    ours, theirs = read_adapter(tiny_adapter), read_adapter(old)
-    for path, linear in ours.linears.items():
-        assert torch.equal(linear.magnitude, theirs.linears[path].magnitude)
-    assert (theirs.base_kind, theirs.base_hash) == (None, None)
+def test_either_key_of_the_magnitude_is_enough_and_both_must_agree(tiny_adapter: Path, tmp_path: Path) -> None:
+    peft_s, both, odd = (shutil.copytree(tiny_adapter, tmp_path / name) for name in ("peft_s", "both", "odd"))
+    tensors = load_file(tiny_adapter / WEIGHTS_FILE)
+    bare = {name.removesuffix(".weight") if "magnitude" in name else name: t for name, t in tensors.items()}
+    assert tensors.keys() != bare.keys()
+    save_file(bare, peft_s / WEIGHTS_FILE)
+    save_file({**tensors, **{name: t.clone() for name, t in bare.items()}}, both / WEIGHTS_FILE)
+    ours = read_adapter(tiny_adapter)
+    for adapter in (peft_s, both):
+        theirs = read_adapter(adapter)
+        for path, linear in ours.linears.items():
+            assert torch.equal(linear.magnitude, theirs.linears[path].magnitude)
+        assert (theirs.base_kind, theirs.base_hash) == (None, None)
+    name = next(name for name in bare if "magnitude" in name)
+    for other in (bare[name] * 2, bare[name][1:].bfloat16()):
+        save_file({**tensors, name: other}, odd / WEIGHTS_FILE)
+        with pytest.raises(CheckpointError, match=r"odd holds two magnitudes that differ, one in 'base.*; keep the r"):
+            read_adapter(odd)
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_transformers_and_peft_load_the_same_directory(
+    use_dora: bool, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config = AdapterConfig(rank=4, alpha=8, use_dora=use_dora)
+    ours = qdora.load_model(tiny, adapter=config, load_in_4bit=False, dtype="float32")
+    disturb(ours)
+    qdora.save_adapter(ours, tmp_path)
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    plain, another = (AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) for _ in range(2))
+    plain.load_adapter(str(tmp_path))
+    by_peft = PeftModel.from_pretrained(another, tmp_path)
+    assert "lora_" not in caplog.text  # transformers reports what it does not take
+    for theirs in (by_transformers, plain, by_peft):
+        assert distance(logits(theirs), logits(ours)) < 1e-5
+    by_peft.save_pretrained(tmp_path / "again")
+    again = qdora.load_model(tiny, adapter=tmp_path / "again", load_in_4bit=False, dtype="float32")
+    assert distance(logits(again), logits(ours)) < 1e-5
 
 
 def test_one_matrix_in_fp32_makes_the_adapter_fp32(tiny_adapter: Path, tmp_path: Path) -> None:
