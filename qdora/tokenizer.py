@@ -12,9 +12,25 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qdora.errors import CheckpointError, DataError, shown
 from qdora.sources import local_model, unusable
 
-__all__ = ["TEMPLATE_FILE", "check_ids", "load_tokenizer", "template_beside", "tokenizer_of", "use_template"]
+__all__ = [
+    "SETTINGS_FILE",
+    "TEMPLATE_FILE",
+    "TOKENIZER_FILES",
+    "check_ids",
+    "kind_of_tokens",
+    "load_tokenizer",
+    "template_beside",
+    "tokenizer_of",
+    "use_template",
+]
 
 TEMPLATE_FILE = "chat_template.jinja"
+SETTINGS_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+"""What a tokenizer is stored in besides its template, by the names that transformers gives."""
 
 
 def load_tokenizer(
@@ -51,7 +67,7 @@ def template_beside(adapter: str | Path) -> str | None:
     """The chat template of the tokenizer that lies beside an adapter, if it has one: in it the adapter was trained."""
     directory = Path(adapter)
     try:
-        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = json.loads((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
         if (directory / TEMPLATE_FILE).is_file():
             return (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
         found = settings.get("chat_template")
@@ -61,6 +77,12 @@ def template_beside(adapter: str | Path) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")
     return found if isinstance(found, str) and found else None
+
+
+def kind_of_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+    """What differs between tokenizers that give different tokens: vocabulary, special tokens, how a text begins."""
+    special = tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, set(tokenizer.all_special_tokens)
+    return tokenizer.get_vocab(), *special, tokenizer("a b").input_ids
 
 
 def _usable(source: str | Path, named: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

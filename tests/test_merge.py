@@ -7,18 +7,20 @@ import shutil
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError, NumericsError
 from qdora.adapterfile import read_adapter
 from qdora.config import ends_in
+from qdora.distributed import bar
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
-from qdora.tokenizer import template_beside
-from qdora.verbs.merge import _progress
+from qdora.tokenizer import template_beside, tokenizer_of
 from qdora.verify import compare
 from qdora.whole import trained_whole
 from tests.conftest import disturb, make_model, make_tokenizer
@@ -337,7 +339,7 @@ def merge_wrongly(base: Path, adapter: Path, out: Path) -> None:
 
 
 def test_the_bar_says_what_it_counts_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(_progress(["a", "b"])) == ["a", "b"]
+    assert list(bar("merge", "tensors")(["a", "b"])) == ["a", "b"]
     shown = capsys.readouterr().err
     assert shown.startswith("\rmerge:   0%")
     assert "? tensors/s]" in shown
@@ -365,3 +367,61 @@ def test_the_template_that_was_learned_goes_along(tiny_nf4: Path, tiny_adapter: 
     (adapter / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": templates}))
     assert template_beside(adapter) == "d"
     assert merged.get_vocab() == AutoTokenizer.from_pretrained(tiny_nf4).get_vocab()
+
+
+def test_no_program_prefers_the_template_that_came_with_the_base(
+    tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    base, adapter = shutil.copytree(tiny_nf4, tmp_path / "base"), shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    (base / "chat_template.jinja").unlink()
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "the base's", "more": "é"}))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "learned"
+    tokenizer.save_pretrained(adapter)
+    qdora.merge(base, adapter, tmp_path / "out", verify=False)
+    assert gguf.SpecialVocab(tmp_path / "out").chat_template == "learned"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "learned"
+    # The tokens are the same: no file but the template is the adapter's.
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {**settings, "more": "é"}
+
+
+@pytest.mark.parametrize("change", ["tokens", "end", "beginning", "nothing"])
+def test_a_tokenizer_with_other_tokens_goes_along(
+    change: str, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    base, adapter = shutil.copytree(tiny_nf4, tmp_path / "base"), shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    (base / "vocab.txt").write_text("of the base")
+    tokenizer = make_tokenizer()
+    if change == "tokens":
+        tokenizer.add_tokens(["<think>"], special_tokens=True)
+    elif change == "end":
+        tokenizer.eos_token = "<|end|>"
+    elif change == "beginning":
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|end|> $A", pair="$A $B", special_tokens=[("<|end|>", tokenizer.convert_tokens_to_ids("<|end|>"))]
+        )
+    tokenizer.save_pretrained(adapter)
+    qdora.merge(base, adapter, tmp_path / "out", verify=False)
+    merged, (used, whose) = AutoTokenizer.from_pretrained(tmp_path / "out"), tokenizer_of(base, adapter, False)
+    assert whose == "the adapter"
+    assert merged("1<think>2").input_ids == used("1<think>2").input_ids
+    assert merged.eos_token == used.eos_token
+    assert (tmp_path / "out" / "vocab.txt").exists() == (change == "nothing")
+    # Without a template it is not what chat uses, and stays behind.
+    (adapter / "chat_template.jinja").unlink()
+    qdora.merge(base, adapter, tmp_path / "out", verify=False, overwrite=True)
+    merged = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert merged("1<think>2").input_ids == AutoTokenizer.from_pretrained(base)("1<think>2").input_ids
+
+
+def test_a_tokenizer_for_a_base_that_has_none(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_nf4, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
+    adapter = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    make_tokenizer().save_pretrained(adapter)
+    assert qdora.merge(base, adapter, tmp_path / "out").comparison is not None
+    (adapter / "tokenizer.json").write_text("{")  # only a template: taken along as before
+    qdora.merge(tiny_nf4, adapter, tmp_path / "out", overwrite=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == make_tokenizer().get_vocab()
+    report = qdora.merge(base, adapter, tmp_path / "out", overwrite=True)
+    assert "no usable tokenizer" in report.not_compared

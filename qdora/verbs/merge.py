@@ -32,7 +32,15 @@ from qdora.kinship import Kinship
 from qdora.output import TEMPLATES, check_output, new_directory, write_json
 from qdora.shards import ShardWriter, format_bytes, parse_size
 from qdora.sources import MERGE_RECORD, copy_side_files, local_model
-from qdora.tokenizer import TEMPLATE_FILE, load_tokenizer, template_beside
+from qdora.tokenizer import (
+    SETTINGS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILES,
+    kind_of_tokens,
+    load_tokenizer,
+    template_beside,
+    tokenizer_of,
+)
 from qdora.verify import Comparison, compare, fits_in_memory
 
 __all__ = ["MergeReport", "merge"]
@@ -110,7 +118,7 @@ def merge(
         report = MergeReport(Path(out), stored.kind, dtype, len(file.linears), writer.total_bytes, comparison=None)
         _write_config(source, directory, dtype, is_parted)
         copy_side_files(source, directory)
-        _take_template_along(adapter, directory)
+        _take_tokenizer_along(adapter, directory, trust_remote_code)
         # The comparison comes before the result gets its name: what fails it is not left behind as a success.
         report.not_compared = _reason_against(
             verify, fits_in_memory(stored.reader, stored.linears), directory, trust_remote_code
@@ -195,13 +203,46 @@ def _write_config(source: Path, directory: Path, dtype: str, parted: bool) -> No
     write_json(directory / "config.json", {**config, "dtype": dtype})
 
 
-def _take_template_along(adapter: str | Path, directory: Path) -> None:
-    """The chat template that the adapter has learned to answer in, instead of the base's."""
+def _take_tokenizer_along(adapter: str | Path, directory: Path, trust_remote_code: bool) -> None:
+    """The chat template that the adapter has learned to answer in, and its tokenizer if it has other tokens.
+
+    Only the template of one with the same tokens: it was written by the library that trained, which may say less of it
+    than the files that came with the base (a tokenizer's slow form, for programs that read no other).
+    """
     template = template_beside(adapter)
-    if template is not None:
-        (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-        (directory / "chat_template.json").unlink(missing_ok=True)  # as earlier releases of transformers wrote it
-        shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
+    if template is None:
+        return
+    if _brings_other_tokens(adapter, directory, trust_remote_code):
+        for name in TOKENIZER_FILES:
+            (directory / name).unlink(missing_ok=True)  # beside the adapter's it would say something else
+            if (Path(adapter) / name).is_file():
+                shutil.copyfile(Path(adapter) / name, directory / name)
+    (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    (directory / "chat_template.json").unlink(missing_ok=True)  # as earlier releases of transformers wrote it
+    shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
+    _forget_template(directory / SETTINGS_FILE)
+
+
+def _forget_template(settings_file: Path) -> None:
+    """Take the template out of a tokenizer's settings, where llama.cpp's converter prefers it to the file."""
+    try:
+        settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # no tokenizer that anybody can read
+    if isinstance(settings, dict) and settings.pop("chat_template", None) is not None:
+        write_json(settings_file, settings)
+
+
+def _brings_other_tokens(adapter: str | Path, directory: Path, trust_remote_code: bool) -> bool:
+    """Whether the adapter's tokenizer, which `chat` uses, cuts text into other tokens than that in the directory."""
+    try:
+        theirs, _ = tokenizer_of(directory, adapter, trust_remote_code)
+    except CheckpointError:
+        return False  # a template that somebody put there
+    try:
+        return kind_of_tokens(theirs) != kind_of_tokens(load_tokenizer(directory, trust_remote_code))
+    except CheckpointError:
+        return True
 
 
 def _write_record(directory: Path, report: MergeReport, base: str | Path, adapter: str | Path, known: Kinship) -> None:
