@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qdora.config import ALL_LINEAR, OTHER_FORWARDS, AdapterConfig, ends_in
+from qdora.distributed import say_once
 from qdora.errors import CheckpointError, ConfigError, reason, shown
 from qdora.kinship import Ancestry
 from qdora.shards import header_of
@@ -48,6 +49,20 @@ _PARTS = {
 }
 # What is trained in other places than linears, or other layers.
 _UNSUPPORTED = ("target_parameters", "trainable_token_indices", *OTHER_FORWARDS, "layer_replication")
+# What else PEFT 0.21 may say of a LoRA adapter: how it was begun, trained and is to be found. No forward depends on it.
+_HARMLESS = frozenset(
+    {
+        *("auto_mapping", "peft_version", "revision", "runtime_config", "megatron_config", "megatron_core"),
+        *("exclude_modules", "layers_pattern", "layers_to_transform", "qalora_group_size"),
+        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+    }
+)
+_KINDS: dict[str, tuple[Any, str]] = {
+    "use_dora": (bool, "true or false"),
+    "use_rslora": (bool, "true or false"),
+    "base_model_name_or_path": (str, "a text"),
+    "modules_to_save": ((str, list), "a list of names"),
+}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Initializations that leave the base weights as they are; others (PiSSA, OLoRA, CorDA, LoftQ, …) subtract the adapter
 # from the base, and the adapter means nothing on the base itself.
@@ -287,14 +302,19 @@ def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
         unsupported.append("bias")
     if unsupported:
         raise CheckpointError(f"{directory} uses {', '.join(unsupported)}, which qdora does not load")
+    _check_kinds(raw, directory / CONFIG_FILE)
+    known = {*peft_config(AdapterConfig(), ALL_LINEAR, None), *_UNSUPPORTED, *_HARMLESS}
+    if odd := ", ".join(sorted(name for name, value in raw.items() if value and name not in known)):
+        say_once(f"{directory} was written by a newer PEFT: {shown(odd)}, which is not known here, is left out")
     targets, whole = raw.get("target_modules") or ALL_LINEAR, raw.get("modules_to_save") or ()
+    whole = (whole,) if isinstance(whole, str) else whole  # to PEFT a text is one name
     try:
         return AdapterConfig(
             rank=raw["r"],
             alpha=raw["lora_alpha"],
             dropout=raw.get("lora_dropout", 0.0),
-            use_dora=bool(raw.get("use_dora", False)),
-            use_rslora=bool(raw.get("use_rslora", False)),
+            use_dora=bool(raw.get("use_dora")),
+            use_rslora=bool(raw.get("use_rslora")),
             target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
@@ -303,6 +323,15 @@ def _config_from_peft(raw: dict[str, Any], directory: Path) -> AdapterConfig:
         )
     except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         raise CheckpointError(f"{directory / CONFIG_FILE} is not a LoRA config: {reason(error)}") from None
+
+
+def _check_kinds(raw: dict[str, Any], path: Path) -> None:
+    """What a kind of value has to be where every other would be taken for something that it does not say."""
+    for name, (kind, wanted) in _KINDS.items():
+        value = raw.get(name)
+        entries = value if isinstance(value, list) else ()
+        if not (value is None or isinstance(value, kind)) or not all(isinstance(entry, str) for entry in entries):
+            raise CheckpointError(f"{path} is not a LoRA config: {name} is {shown(value)}; it must be {wanted}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

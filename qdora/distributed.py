@@ -16,11 +16,13 @@ wait for.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -36,11 +38,13 @@ __all__ = [
     "processes",
     "run_to_the_end",
     "say",
+    "say_once",
     "spread_like",
     "summed",
     "whole",
 ]
 
+_logger = logging.getLogger("qdora")
 _PATIENCE_SECONDS = 5.0
 Item = TypeVar("Item")
 
@@ -59,6 +63,13 @@ def say(text: str) -> None:
     """Print, in the main process only."""
     if is_main():
         print(text, flush=True)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Warn of something in a library's way, once in a process and in the main process only."""
+    if is_main():
+        _logger.warning(f"qdora: {line}")
 
 
 def bar(what: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:

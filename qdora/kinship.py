@@ -19,18 +19,16 @@ relative of the base, an adapter that records nothing) is said in one line.
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qdora.base import BaseWeight
-from qdora.distributed import is_main
+from qdora.distributed import say_once
 from qdora.errors import CheckpointError
 from qdora.shards import ShardReader, fingerprint
 
@@ -38,7 +36,6 @@ __all__ = ["QUANTIZE_RECORD", "Ancestry", "Kinship", "ancestry_of", "answers_of"
 
 QUANTIZE_RECORD = "qdora_quantize.json"
 _VALUES, _APART, _ROUNDED = 16, 0.5, 0.04
-_logger = logging.getLogger("qdora")
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,8 @@ class Kinship:
                 f"{adapter} was not trained on {base or 'this model'}: {self.text}; name its own base, or "
                 "pass --allow_other_base (allow_other_base=True)"
             )
-        if self.right is not True and is_main():
-            _say_once(f"qdora: {adapter} on {base or 'this model'}: {self.text}")
+        if self.right is not True:
+            say_once(f"{adapter} on {base or 'this model'}: {self.text}")
 
 
 def kinship(trained: Ancestry, found: Ancestry, answers: Callable[[str], tuple[float, ...] | None]) -> Kinship:
@@ -167,8 +164,3 @@ def _probe_in(metadata: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
     return probe if all(math.isfinite(value) for values in probe.values() for value in values) else {}
-
-
-@cache
-def _say_once(line: str) -> None:
-    _logger.warning(line)

@@ -6,6 +6,7 @@ bitsandbytes' own 4-bit linears: 5e-2, twice the distance that PEFT itself, in b
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -23,7 +24,15 @@ from transformers import AutoModelForCausalLM
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
-from qdora.adapterfile import CONFIG_FILE, OFFSETS_FILE, WEIGHTS_FILE, read_adapter
+from qdora.adapterfile import (
+    _HARMLESS,
+    _UNSUPPORTED,
+    CONFIG_FILE,
+    OFFSETS_FILE,
+    WEIGHTS_FILE,
+    peft_config,
+    read_adapter,
+)
 from qdora.checkpoint import _target_names
 from qdora.inject import adapted_linears, linear_paths
 from qdora.shards import ShardReader, fingerprint
@@ -471,6 +480,55 @@ def test_what_a_config_need_not_say(tiny_nf4: Path, tiny_adapter: Path, tmp_path
 def test_each_thing_the_layer_has_not_is_named(name: str, tiny_adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"bad uses {name}, which qdora does not load$"):
         read_adapter(damaged(tiny_adapter, tmp_path / "bad", {name: True}))
+
+
+def test_every_field_of_peft_s_config_is_known_and_what_is_not_is_said(
+    tiny_adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="qdora")
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert fields <= {*_UNSUPPORTED, *_HARMLESS, *peft_config(AdapterConfig(), "all-linear", None)}
+    LoraConfig(r=4, lora_alpha=8, use_dora=True, revision="main", layers_to_transform=[0, 1]).save_pretrained(tmp_path)
+    by_peft = json.loads((tmp_path / CONFIG_FILE).read_text())
+    read_adapter(damaged(tiny_adapter, tmp_path / "today", {**by_peft, "target_modules": None, "new": None, "x": []}))
+    assert not caplog.records
+    later = damaged(tiny_adapter, tmp_path / "later", {"use_fdora": True, "another": {"a": 1}})
+    for _ in range(2):
+        read_adapter(later)
+    (record,) = caplog.records
+    assert record.message == (
+        f"qdora: {later} was written by a newer PEFT: 'another, use_fdora', which is not known here, is left out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found", "wanted"),
+    [
+        ("use_dora", "false", "'false'", "true or false"),
+        ("use_rslora", 1, "1", "true or false"),
+        ("base_model_name_or_path", 5, "5", "a text"),
+        ("base_model_name_or_path", {}, "{}", "a text"),
+        ("base_model_name_or_path", [], r"\[\]", "a text"),
+        ("modules_to_save", [1], r"\[1\]", "a list of names"),
+        ("modules_to_save", {"lm_head": 1}, "{'lm_head': 1}", "a list of names"),
+    ],
+)
+def test_a_value_of_another_kind(
+    name: str, value: Any, found: str, wanted: str, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    bad = damaged(tiny_adapter, tmp_path / "bad", {name: value})
+    with pytest.raises(CheckpointError, match=f"is not a LoRA config: {name} is {found}; it must be {wanted}$"):
+        read_adapter(bad)
+    if name != "modules_to_save":
+        read_adapter(damaged(tiny_adapter, tmp_path / "null", {name: None} if name != "use_dora" else {}))
+
+
+def test_a_text_in_modules_to_save_is_one_name(tiny_adapter: Path, tmp_path: Path) -> None:
+    weight = {"base_model.model.lm_head.weight": torch.ones(2, 2)}
+    adapter = damaged(tiny_adapter, tmp_path / "text", {"modules_to_save": "lm_head"}, **weight)
+    read = read_adapter(adapter)
+    assert read.config.modules_to_save == ("lm_head",)
+    assert read.whole.keys() == {"lm_head.weight"}
 
 
 def test_several_things_are_named_together(tiny_adapter: Path, tmp_path: Path) -> None:

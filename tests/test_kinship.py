@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 import qdora
 from qdora import AdapterConfig, CheckpointError
 from qdora.adapterfile import WEIGHTS_FILE, read_adapter
-from qdora.kinship import QUANTIZE_RECORD, Ancestry, Kinship, _say_once, kinship
+from qdora.distributed import say_once
+from qdora.kinship import QUANTIZE_RECORD, Ancestry, Kinship, kinship
 from tests.conftest import disturb, make_model
 
 SHARED = {"num_hidden_layers": 1, "num_key_value_heads": 2}
@@ -52,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.WARNING, logger="qdora")
-    _say_once.cache_clear()
+    say_once.cache_clear()
     return caplog
 
 
