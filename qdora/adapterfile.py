@@ -184,8 +184,7 @@ def _taken_whole(tensors: dict[str, Tensor], config: AdapterConfig, directory: P
         # Of a pair that stays tied PEFT's config names one, and its file holds both.
         if config.ensure_weight_tying or name.rpartition(".")[0].endswith(names):
             whole[name] = tensors.pop(key)
-            if not torch.isfinite(whole[name]).all():
-                raise CheckpointError(f"{directory} holds values that are not finite in {name!r}")
+            _check_values(whole[name], key, directory)
     absent = [name for name in names if not any(key.rpartition(".")[0].endswith(name) for key in whole)]
     if absent:
         raise CheckpointError(f"{directory} names {absent[0]!r} in modules_to_save, and holds no weight of it")
@@ -210,10 +209,7 @@ def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str,
             raise CheckpointError(
                 f"{directory} holds {shown(key)}, which is no part of a LoRA or DoRA linear{_why_not(key)}"
             )
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"{directory} holds {tensor.dtype} in {key!r}; an adapter is in float32 or 16 bits")
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{directory} holds values that are not finite in {key!r}; its training went wrong")
+        _check_values(tensor, key, directory)
         parts = grouped.setdefault(key.removeprefix(PREFIX).removesuffix(suffix), {})
         known = parts.setdefault(_PARTS[suffix], tensor)
         if known is not tensor and not torch.equal(known.float(), tensor.float()):
@@ -221,6 +217,13 @@ def _grouped(tensors: dict[str, Tensor], directory: Path) -> dict[str, dict[str,
     if not grouped:
         raise CheckpointError(f"{directory} holds no adapter tensors")
     return grouped
+
+
+def _check_values(tensor: Tensor, key: str, directory: Path) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise CheckpointError(f"{directory} holds {tensor.dtype} in {key!r}; an adapter is in float32 or 16 bits")
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{directory} holds values that are not finite in {key!r}; its training went wrong")
 
 
 def _why_not(key: str) -> str:

@@ -531,6 +531,15 @@ def test_a_text_in_modules_to_save_is_one_name(tiny_adapter: Path, tmp_path: Pat
     assert read.whole.keys() == {"lm_head.weight"}
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float8_e4m3fn, torch.complex64, torch.bool])
+def test_what_was_trained_whole_is_in_floats_too(dtype: torch.dtype, tiny_adapter: Path, tmp_path: Path) -> None:
+    weight = {"base_model.model.model.norm.weight": torch.ones(64).to(dtype)}
+    adapter = damaged(tiny_adapter, tmp_path / "odd", {"modules_to_save": ["norm"]}, **weight)
+    message = rf"odd holds {re.escape(str(dtype))} in '.*\.model\.norm\.weight'; an adapter is in float32 or"
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(adapter)
+
+
 def test_several_things_are_named_together(tiny_adapter: Path, tmp_path: Path) -> None:
     change = {"init_lora_weights": "pissa", "bias": "all", "lora_bias": True}
     with pytest.raises(CheckpointError, match=r"uses lora_bias, init_lora_weights='pissa', bias, which"):

@@ -215,7 +215,9 @@ def test_damaged_files_are_named(untied_nf4: Path, tmp_path: Path) -> None:
     tensors = load_file(adapter / WEIGHTS_FILE)
     key = next(key for key in tensors if "lm_head" in key)
     save_file({**tensors, key: tensors[key] / 0}, adapter / WEIGHTS_FILE)
-    with pytest.raises(CheckpointError, match=r"damaged holds values that are not finite in 'lm_head\.weight'$"):
+    with pytest.raises(
+        CheckpointError, match=r"damaged holds values that are not finite in '.*\.lm_head\.weight'; its"
+    ):
         read_adapter(adapter)
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, adapter / WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match="damaged names 'lm_head' in modules_to_save, and holds no weight of it"):
