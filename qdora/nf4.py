@@ -73,7 +73,7 @@ class NF4Weight(KeepsDtype):
             state: bitsandbytes' quant state, of type nf4, plain or double quantized.
 
         Raises:
-            CheckpointError: not nf4, the sizes disagree, or a scale is no number that a scale can be.
+            CheckpointError: no state, not nf4, the sizes disagree, or a scale is no number that a scale can be.
         """
         super().__init__()
         check_state(state)
@@ -103,9 +103,13 @@ class NF4Weight(KeepsDtype):
 
     @classmethod
     def from_packed_linear(cls, linear: nn.Module) -> NF4Weight:
-        """From one of bitsandbytes' `Linear4bit` modules, as transformers loads them; shares its memory."""
+        """From one of bitsandbytes' `Linear4bit` modules, as transformers loads them; shares its memory.
+
+        Raises:
+            CheckpointError: it holds no NF4 weight; transformers leaves what lies in 16 bits as it is.
+        """
         weight: Any = linear.weight
-        return cls(weight.data, weight.quant_state)
+        return cls(weight.data, getattr(weight, "quant_state", None))
 
     @classmethod
     def hollow(cls, out_features: int, in_features: int, double_quant: bool = True) -> NF4Weight:

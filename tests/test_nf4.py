@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import qdora
+from qdora import CheckpointError
 from qdora.nf4 import NF4Weight, is_packed_linear
 from qdora.nf4format import quantize_nf4
+from qdora.shards import ShardReader
 from qdora.workspace import Workspace, assume
 from tests.reference import nf4 as reference
 
@@ -211,3 +217,13 @@ def test_the_default_dtype_does_not_matter() -> None:
         assert weight.dequantize(torch.float16).dtype == torch.float16
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_linear_in_16_bits_where_the_config_says_nf4(tiny: Path, tiny_nf4: Path, tmp_path: Path) -> None:
+    model, key = shutil.copytree(tiny_nf4, tmp_path / "nf4"), "model.layers.0.mlp.down_proj.weight"
+    (file,) = model.glob("*.safetensors")
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(key)}
+    save_file({**tensors, key: ShardReader(tiny).get(key)}, file, {"format": "pt"})
+    for settings in ({}, {"stream_base": True}):
+        with pytest.raises(CheckpointError, match=r"^a linear that should be in NF4 has no quant state; quantize the"):
+            qdora.load_model(model, **settings)
