@@ -8,7 +8,8 @@ without a word, and a packed weight be read as what it is not.
 
 Which they are is read in the source of the model's own classes: what a forward does on a GPU, with kernels that are not
 here, cannot be found by running it. One reading does not count: slices of a weight to compute as tensor parallelism did
-in pretraining (`pretraining_tp`), which only a setting that nobody fine-tunes with turns on.
+in pretraining (`pretraining_tp`), which only a setting that nobody fine-tunes with turns on. And what a class reads
+further down than in its own children is not seen so, and stands in a table: RWKV rescales two linears of each block.
 
 Others share their weight: Zamba has one block in several places, which its files hold once. An adapter in each place
 would be another function in each, for which merged files have no room.
@@ -25,14 +26,20 @@ from torch import nn
 
 __all__ = ["bypassed_paths", "shared_paths"]
 
+# By the name of a class, the ends of the paths below it.
+_READ_FROM_ABOVE = {"RwkvModel": (".attention.output", ".feed_forward.value")}
+
 
 def bypassed_paths(model: nn.Module) -> list[str]:
-    """Paths of linears, of whatever class, whose weight is read by the module that they are in."""
+    """Paths of linears, of whatever class, whose weight is read by a module that they are in."""
     found = []
     for path, module in model.named_modules():
         kind: Any = type(module)
         linears = [name for name, child in module.named_children() if hasattr(child, "in_features")]
-        found += [f"{path}.{name}".lstrip(".") for name in linears if name in _read_by(kind)]
+        read = [name for name in linears if name in _read_by(kind)]
+        if ends := _READ_FROM_ABOVE.get(kind.__name__):
+            read += [name for name, _ in module.named_modules() if name.endswith(ends)]
+        found += [f"{path}.{name}".lstrip(".") for name in read]
     return found
 
 

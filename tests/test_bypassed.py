@@ -16,6 +16,7 @@ from qdora import AdapterConfig
 from qdora.bypassed import bypassed_paths, shared_paths
 from qdora.inject import adapted_linears, linear_paths
 from qdora.nf4 import is_packed_linear
+from tests.conftest import disturb, make_tokenizer
 from tests.families import FAMILIES
 
 
@@ -75,6 +76,7 @@ def test_a_class_without_a_source() -> None:
         ("mamba", {"dt_proj", "out_proj", "x_proj"}),
         ("nemotron_h", {"out_proj"}),
         ("deepseek_v32", {"weights_proj"}),
+        ("rwkv", {"output", "value"}),
     ],
 )
 def test_in_real_families(kind: str, expected: set[str]) -> None:
@@ -109,3 +111,39 @@ def test_one_that_somebody_quantized_is_dense_again(tmp_path: Path) -> None:
     assert {path.rpartition(".")[2] for path in adapted_linears(ours)} == {"in_proj"}
     ids = torch.arange(40)[None]
     torch.testing.assert_close(ours(input_ids=ids).logits, twin(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_rwkv_runs_in_nf4_and_merged(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    config = AutoConfig.for_model(
+        "rwkv",
+        hidden_size=64,
+        num_hidden_layers=2,
+        attention_hidden_size=64,
+        context_length=256,
+        rescale_every=1,
+        vocab_size=len(tokenizer),
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    qdora.quantize(tmp_path / "base", tmp_path / "nf4")
+    model = qdora.load_model(tmp_path / "nf4", AdapterConfig(rank=2), dtype="float32")
+    names = {path.rpartition(".blocks.")[2][2:] for path in adapted_linears(model)}
+    assert names == {
+        "attention.key",
+        "attention.receptance",
+        "attention.value",
+        "feed_forward.key",
+        "feed_forward.receptance",
+    }
+    disturb(model)
+    ids = torch.arange(40)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.lora_A.grad.any() for layer in adapted_linears(model).values())
+    qdora.save_adapter(model, tmp_path / "adapter")
+    qdora.merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged", dtype="bfloat16")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        ours, theirs = (one.eval()(input_ids=ids).logits for one in (model, plain))
+    assert (ours - theirs).norm() / ours.norm() < 2e-2
