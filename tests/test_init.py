@@ -81,3 +81,11 @@ def test_a_model_that_is_called_by_a_number(tmp_path: Path, pairs_file: Path, mo
     make_model(tmp_path / "135")
     report = qdora.init("135", pairs_file)
     assert yaml.safe_load(Path(report.path).read_text())["model_name_or_path"] == "135"
+
+
+def test_a_directory_is_no_file_to_write(tmp_path: Path) -> None:
+    for overwrite in (True, False):
+        with pytest.raises(
+            ConfigError, match=rf"^{tmp_path} is a directory; name the file .*, such as {tmp_path}/qdora"
+        ):
+            init("no model", "no data", out=tmp_path, overwrite=overwrite)

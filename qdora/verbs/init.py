@@ -85,6 +85,8 @@ def init(
         QDoRAError: no such model or data, nothing fits, or the file is there.
     """
     path = Path(out)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory; name the file to write with --out, such as {path / 'qdora.yaml'}")
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} is there already; name another file with --out, or pass --overwrite")
     if not path.parent.is_dir():
