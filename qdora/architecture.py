@@ -246,7 +246,10 @@ def is_nf4(config: PretrainedConfig, directory: str | Path) -> bool:
     found = quantization_of(config)
     if not found:
         return False
-    if found.get("load_in_4bit") and found.get("bnb_4bit_quant_type") == "nf4":
-        return True
-    kind = found.get("bnb_4bit_quant_type") if found.get("load_in_4bit") else found.get("quant_method")
+    if found.get("load_in_4bit"):
+        kind = found.get("bnb_4bit_quant_type") or "fp4"  # as bitsandbytes takes a config that names none
+        if kind == "nf4":
+            return True
+    else:
+        kind = "8-bit bitsandbytes" if found.get("load_in_8bit") else found.get("quant_method")
     raise CheckpointError(f"{directory} is quantized as {kind!s}; start from its 16-bit original, or from NF4")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import BitsAndBytesConfig
 
 from qdora import CheckpointError, ConfigError
 from qdora.architecture import context_of, hollow_model, is_nf4_checkpoint, load_config, model_linears
@@ -28,6 +29,25 @@ def test_linears_and_what_is_skipped(tiny: Path) -> None:
 def test_what_a_config_says(tiny: Path, tiny_nf4: Path) -> None:
     assert [is_nf4_checkpoint(path) for path in (tiny, tiny_nf4)] == [False, True]
     assert context_of(load_config(tiny, trust_remote_code=False)) == 512
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind"),
+    [
+        (BitsAndBytesConfig(load_in_4bit=True).to_dict(), "fp4"),
+        ({"load_in_4bit": True}, "fp4"),
+        (BitsAndBytesConfig(load_in_8bit=True).to_dict(), "8-bit bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "nf4"}, "nf4"),
+    ],
+)
+def test_how_a_model_is_quantized_is_named(
+    quantization: dict[str, object], kind: str, tiny: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    with pytest.raises(CheckpointError, match=f"is quantized as {kind}; start from its 16-bit original, or from NF4$"):
+        is_nf4_checkpoint(tmp_path)
 
 
 def test_a_hollow_model_has_the_shapes_and_no_values(tiny: Path, tiny_nf4: Path) -> None:
