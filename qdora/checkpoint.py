@@ -36,7 +36,7 @@ from qdora.adapterfile import (
     read_offsets,
 )
 from qdora.config import ALL_LINEAR, AdapterConfig, short_name
-from qdora.distributed import local, spread_like, whole
+from qdora.distributed import local, say_once, spread_like, whole
 from qdora.dora import DoRALinear
 from qdora.errors import CheckpointError, ConfigError, shown
 from qdora.inject import adapted_linears, attach, is_head, linear_paths, linear_shape
@@ -48,6 +48,17 @@ from qdora.stream import StreamedWeight
 from qdora.whole import names_for_peft, trained_whole
 
 __all__ = ["load_adapter", "save_adapter"]
+
+# In these (its `_MODEL_TO_CONVERSION_PATTERN` under transformers 5) PEFT takes the names of an MLP's linears, wherever
+# they are, for what transformers 4 called the routed experts': it refuses DoRA on them and applies LoRA elsewhere.
+_TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+_TAKEN_IN = frozenset(
+    {
+        *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
+        *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash"),
+        *("mellum", "olmoe", "qwen3_moe", "qwen3_next", "solar_open"),
+    }
+)
 
 
 def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False, write: bool = True) -> None:
@@ -82,6 +93,7 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False,
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "qdora_base": _kind_of_base(model), **_ancestry_of_base(model, layers)}
+    _say_what_peft_mistakes(model, layers)
     linears = linear_paths(model)
     targets = _target_names(config, list(layers), linears, others=_others(model, linears))
     with whole_files(directory, last=CONFIG_FILE) as scratch:
@@ -91,6 +103,16 @@ def save_adapter(model: nn.Module, out: str | Path, exact_offsets: bool = False,
         else:
             (directory / OFFSETS_FILE).unlink(missing_ok=True)  # an earlier adapter's
         write_json(scratch / CONFIG_FILE, peft_config(config, targets, getattr(model.config, "_name_or_path", None)))
+
+
+def _say_what_peft_mistakes(model: nn.Module, adapted: Iterable[str]) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    taken = (path for path in adapted if path.endswith(_TAKEN_FOR_EXPERTS) and ".experts." not in path)
+    if kind in _TAKEN_IN and (path := next(taken, None)):
+        say_once(
+            f"PEFT takes the adapters of {path} for those of the routed experts in a {kind}: merge, or leave MLPs out "
+            "by --lora_target_modules"
+        )
 
 
 def _whole_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError
@@ -33,10 +35,12 @@ from qdora.adapterfile import (
     peft_config,
     read_adapter,
 )
-from qdora.checkpoint import _target_names
+from qdora.checkpoint import _TAKEN_FOR_EXPERTS, _TAKEN_IN, _target_names
+from qdora.distributed import say_once
 from qdora.inject import adapted_linears, linear_paths
 from qdora.shards import ShardReader, fingerprint
 from tests.conftest import disturb, make_model
+from tests.families import make_family
 
 IDS = torch.arange(3, 43)[None]
 
@@ -629,3 +633,47 @@ def test_only_arithmetic_in_fp16_rounds_to_other_nf4_weights(dtype: str, kind: s
     model = qdora.load_model(tiny, adapter=AdapterConfig(rank=2), load_in_4bit=True, dtype=dtype)
     qdora.save_adapter(model, tmp_path)
     assert read_adapter(tmp_path).base_kind == kind
+
+
+def test_the_mixtures_in_which_peft_takes_mlps_for_experts() -> None:
+    taken = {kind for kind, pattern in _MODEL_TO_CONVERSION_PATTERN.items() if pattern == "qwen2_moe"}
+    assert taken & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() == _TAKEN_IN
+    assert _MOE_TARGET_MODULE_MAPPING["qwen2_moe"].keys() == {*_TAKEN_FOR_EXPERTS, "gate"}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe"])
+def test_what_peft_would_mistake_is_said(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="qdora")
+    say_once.cache_clear()
+    base, mistaken = make_family(family, tmp_path / "base"), family == "deepseek_v3"
+
+    def saved(**settings: Any) -> torch.Tensor:
+        config = AdapterConfig(rank=4, alpha=8, **settings)
+        model = qdora.load_model(base, adapter=config, load_in_4bit=False, dtype="float32")
+        disturb(model)
+        for _ in range(2):
+            qdora.save_adapter(model, tmp_path / "adapter")
+        return logits(model)
+
+    def peft_s() -> torch.Tensor:
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return logits(PeftModel.from_pretrained(plain, tmp_path / "adapter"))
+
+    saved(target_modules=("experts",))
+    assert distance(saved(target_modules=("o_proj",)), peft_s()) < 1e-5
+    assert not caplog.records
+    ours = saved(use_dora=False)
+    assert (distance(ours, peft_s()) > 1e-2) == mistaken
+    ours = saved()
+    if not mistaken:
+        assert distance(ours, peft_s()) < 1e-5
+        assert not caplog.records
+        return
+    with pytest.raises(ValueError, match="ParamWrapper does not work with use_dora=True"):
+        peft_s()
+    (record,) = caplog.records
+    assert re.fullmatch(
+        r"qdora: PEFT takes the adapters of model\.layers\.\d\.mlp\.\S+_proj for those of the routed experts in a "
+        r"deepseek_v3: merge, or leave MLPs out by --lora_target_modules",
+        record.message,
+    )
