@@ -6,6 +6,7 @@ of these files may come from a stranger: nothing in them is believed before it w
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -111,6 +112,12 @@ class AdapterFile:
     of the 16-bit files."""
     whole: Mapping[str, Tensor] = field(default_factory=dict)
     """The weights of modules that were trained whole, by their names in the model."""
+    directory: Path = Path()
+
+    def own_hash(self) -> str:
+        """SHA-256 of the file of weights, in hexadecimal."""
+        with (self.directory / WEIGHTS_FILE).open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
 
     @property
     def base_hash(self) -> str | None:
@@ -162,7 +169,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
     in_bf16 = all(linear.A.dtype == torch.bfloat16 for linear in linears.values())
     config = replace(config, dtype="bfloat16" if in_bf16 else "float32")
     ancestry = Ancestry.from_metadata(metadata)
-    return AdapterFile(config, linears, raw.get("base_model_name_or_path"), metadata.get("qdora_base"), ancestry, whole)
+    base = raw.get("base_model_name_or_path")
+    return AdapterFile(config, linears, base, metadata.get("qdora_base"), ancestry, whole, directory)
 
 
 def _check_weights_file(directory: Path) -> None:

@@ -88,6 +88,7 @@ class StoredBase:
             file.ancestry,
             ancestry_of(self.reader.directory, self.reader),
             lambda path: answers_of(self.weight(keys[path])) if path in keys else None,
+            file.own_hash,
         )
 
     def _check_whole(self, file: AdapterFile) -> None:

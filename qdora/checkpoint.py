@@ -157,7 +157,10 @@ def load_adapter(model: nn.Module, path: str | Path, allow_other_base: bool = Fa
         odd = sorted(layers.keys() ^ adapter.linears.keys())
         raise CheckpointError(f"{path} adapts other linears than the model does, first {odd[0]!r}; load a fresh model")
     found = kinship(
-        adapter.ancestry, _known_ancestry(model), lambda name: _answers(layers[name]) if name in layers else None
+        adapter.ancestry,
+        _known_ancestry(model),
+        lambda name: _answers(layers[name]) if name in layers else None,
+        adapter.own_hash,
     )
     found.settle(path, getattr(getattr(model, "config", None), "_name_or_path", None), allow_other_base)
     _copy_whole(_whole_weights(model), adapter.whole, path)
@@ -253,8 +256,11 @@ def _ancestry_of_base(model: nn.Module, layers: Mapping[str, DoRALinear]) -> dic
 
 
 def _known_ancestry(model: nn.Module) -> Ancestry:
-    own, source = (getattr(model, name, None) for name in ("qdora_base_hash", "qdora_base_source"))
-    return Ancestry(own if isinstance(own, str) else None, source if isinstance(source, str) else None)
+    def known(name: str) -> str | None:
+        value = getattr(model, f"qdora_base_{name}", None)
+        return value if isinstance(value, str) else None
+
+    return Ancestry(known("hash"), known("source"), known("merged"))
 
 
 def _answers(layer: DoRALinear) -> tuple[float, ...] | None:

@@ -12,7 +12,8 @@ If hashes or sources meet, these are the same weights; and if the answers meet t
 it is a right pair, and nothing is said. Different hashes do not make a wrong one: the same model in another dtype, by
 other names or quantized by another tool has another hash. But rounding to NF4 moves the answers to the probe by a tenth
 of their length, another dtype by a thousandth, and those of other weights have nothing to do with each other. So a pair
-whose answers are further apart than half their length is refused, and what neither hash nor probe decides (a near
+whose answers are further apart than half their length is refused, as is a base that an adapter is merged into already,
+and what neither hash nor probe decides (a near
 relative of the base, an adapter that records nothing) is said in one line.
 """
 
@@ -32,9 +33,18 @@ from qdora.distributed import say_once
 from qdora.errors import CheckpointError
 from qdora.shards import ShardReader, fingerprint
 
-__all__ = ["QUANTIZE_RECORD", "Ancestry", "Kinship", "ancestry_of", "answers_of", "kinship", "probed_paths"]
+__all__ = [
+    "MERGE_RECORD",
+    "QUANTIZE_RECORD",
+    "Ancestry",
+    "Kinship",
+    "ancestry_of",
+    "answers_of",
+    "kinship",
+    "probed_paths",
+]
 
-QUANTIZE_RECORD = "qdora_quantize.json"
+QUANTIZE_RECORD, MERGE_RECORD = "qdora_quantize.json", "qdora_merge.json"
 _VALUES, _APART, _ROUNDED = 16, 0.5, 0.04
 
 
@@ -44,6 +54,8 @@ class Ancestry:
 
     hash: str | None = None
     source: str | None = None
+    merged: str | None = None
+    """Hash of the adapter's file that was merged into these weights."""
     probe: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By the path of a linear, its answers; of an adapter's base only."""
 
@@ -60,18 +72,23 @@ class Ancestry:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Ancestry:
         """What was recorded; a probe that is none counts as not recorded."""
-        return cls(metadata.get("qdora_base_hash"), metadata.get("qdora_base_source"), _probe_in(metadata))
+        return cls(metadata.get("qdora_base_hash"), metadata.get("qdora_base_source"), probe=_probe_in(metadata))
 
 
 def ancestry_of(directory: Path, reader: ShardReader) -> Ancestry:
     """That of a model's directory."""
-    own = fingerprint(reader)
+    own, record = fingerprint(reader), _read_record(directory / QUANTIZE_RECORD)
+    source = record.get("source_hash") if record.get("hash") == own else None
+    merged = _read_record(directory / MERGE_RECORD).get("adapter_sha256")
+    return Ancestry(own, source if isinstance(source, str) else None, merged if isinstance(merged, str) else None)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads((directory / QUANTIZE_RECORD).read_text(encoding="utf-8"))
-        source = record["source_hash"] if record["hash"] == own else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        source = None
-    return Ancestry(own, source if isinstance(source, str) else None)
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -97,14 +114,22 @@ class Kinship:
             say_once(f"{adapter} on {base or 'this model'}: {self.text}")
 
 
-def kinship(trained: Ancestry, found: Ancestry, answers: Callable[[str], tuple[float, ...] | None]) -> Kinship:
+def kinship(
+    trained: Ancestry,
+    found: Ancestry,
+    answers: Callable[[str], tuple[float, ...] | None],
+    own_hash: Callable[[], str],
+) -> Kinship:
     """What is known of an adapter and a base.
 
     Args:
         trained: what the adapter records.
         found: the base's own.
         answers: of the base's linear at a path; None if it cannot be asked.
+        own_hash: that of the adapter's file.
     """
+    if found.merged is not None and found.merged == own_hash():
+        return Kinship(False, "it is merged into these weights already")
     given = {path: answers(path) for path in trained.probe}
     distances = {path: _distance(trained.probe[path], answer) for path, answer in given.items() if answer is not None}
     path, apart = max(distances.items(), key=lambda item: item[1], default=("", 0.0))

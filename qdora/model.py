@@ -84,6 +84,7 @@ def load_model(
     model.config._name_or_path = str(path)
     ancestry = ancestry_of(source, reader)
     model.qdora_base_hash, model.qdora_base_source = ancestry.hash, ancestry.source
+    model.qdora_base_merged = ancestry.merged
     if sharding is None:
         model.to(place)
     if isinstance(adapter, AdapterConfig):

@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qdora.adapterfile import CONFIG_FILE
 from qdora.errors import CheckpointError, reason
-from qdora.kinship import QUANTIZE_RECORD
+from qdora.kinship import MERGE_RECORD, QUANTIZE_RECORD
 from qdora.output import TEMPLATES
 from qdora.shards import INDEX_FILE
 
 __all__ = [
-    "MERGE_RECORD",
     "check_complete",
     "copy_side_files",
     "find_gguf",
@@ -30,7 +29,6 @@ __all__ = [
 ]
 
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
-MERGE_RECORD = "qdora_merge.json"
 _NOT_COPIED = (INDEX_FILE, "config.json", CONFIG_FILE, "trainer_state.json", QUANTIZE_RECORD, MERGE_RECORD)
 # The same weights once more, as their makers' own programs read them.
 _NOT_FETCHED = ("consolidated*.safetensors", "original/*")

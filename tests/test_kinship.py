@@ -188,20 +188,34 @@ def test_a_probe_that_is_none_counts_as_not_recorded(place: Path, tmp_path: Path
     assert read_adapter(place / "on-nf4").ancestry.probe
 
 
+def test_an_adapter_is_not_applied_to_what_it_is_merged_into(place: Path, tmp_path: Path) -> None:
+    """Were its change small, neither hash nor probe would tell."""
+    qdora.merge(place / "model-nf4", place / "on-nf4", tmp_path / "merged", verify=False)
+    with pytest.raises(
+        CheckpointError, match=r"merged: it is merged into these weights already; name its own base, or"
+    ):
+        qdora.merge(tmp_path / "merged", place / "on-nf4", tmp_path / "twice", verify=False)
+    with pytest.raises(CheckpointError, match="it is merged into these weights already"):
+        qdora.load_model(tmp_path / "merged", place / "on-nf4", load_in_4bit=False)
+    (tmp_path / "merged" / "qdora_merge.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="the weights of .* are others"):
+        qdora.merge(tmp_path / "merged", place / "on-nf4", tmp_path / "twice", verify=False)
+
+
 def test_the_three_answers() -> None:
-    known = Ancestry("a", "s", {"x": (3.0, 4.0)})
+    known = Ancestry("a", "s", probe={"x": (3.0, 4.0)})
 
     def found(**settings: Any) -> Kinship:
-        return kinship(known, Ancestry(**settings), lambda path: (3.1, 4.0))
+        return kinship(known, Ancestry(**settings), lambda path: (3.1, 4.0), str)
 
     assert found(hash="a").right is True
     assert found(hash="b", source="s").right is True
     assert found(hash="s").right is True
     assert found(hash="b").right is None
-    assert kinship(known, Ancestry("a"), lambda path: (3.3, 4.0)).right is None
-    assert kinship(known, Ancestry("a"), lambda path: None).right is True
-    assert kinship(Ancestry("a"), Ancestry("a"), lambda path: None).right is True
-    assert kinship(known, Ancestry("b"), lambda path: (-3.0, 4.0)).right is False
-    assert kinship(known, Ancestry("b"), lambda path: (3.0,)).right is False
-    assert kinship(known, Ancestry("b"), lambda path: None).right is None
-    assert kinship(Ancestry(), Ancestry(), lambda path: None).right is None
+    assert kinship(known, Ancestry("a"), lambda path: (3.3, 4.0), str).right is None
+    assert kinship(known, Ancestry("a"), lambda path: None, str).right is True
+    assert kinship(Ancestry("a"), Ancestry("a"), lambda path: None, str).right is True
+    assert kinship(known, Ancestry("b"), lambda path: (-3.0, 4.0), str).right is False
+    assert kinship(known, Ancestry("b"), lambda path: (3.0,), str).right is False
+    assert kinship(known, Ancestry("b"), lambda path: None, str).right is None
+    assert kinship(Ancestry(), Ancestry(), lambda path: None, str).right is None

@@ -28,10 +28,10 @@ from qdora.baseweights import StoredBase
 from qdora.distributed import bar
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError
-from qdora.kinship import Kinship
+from qdora.kinship import MERGE_RECORD, Kinship
 from qdora.output import TEMPLATES, check_output, new_directory, write_json
 from qdora.shards import ShardWriter, format_bytes, parse_size
-from qdora.sources import MERGE_RECORD, copy_side_files, local_model
+from qdora.sources import copy_side_files, local_model
 from qdora.tokenizer import (
     SETTINGS_FILE,
     TEMPLATE_FILE,
@@ -249,6 +249,7 @@ def _write_record(directory: Path, report: MergeReport, base: str | Path, adapte
     record = {
         "base_model": str(base),
         "adapter": str(adapter),
+        "adapter_sha256": read_adapter(adapter).own_hash(),
         "merged_onto": report.base,
         "right_base": known.right,
         "base_is": known.text,
