@@ -115,7 +115,7 @@ def _train(arguments: list[str]) -> None:
 
 def _evaluate(arguments: list[str]) -> None:
     options = vars(parse("evaluate", arguments))
-    file = _writable(options.pop("output_file"))
+    file = _writable(options.pop("output_file"), "answered", "models")
     from qdora.verbs.evaluate import evaluate
 
     report = evaluate(**options)
@@ -132,7 +132,7 @@ def _chat(arguments: list[str]) -> None:
 
 def _inspect(arguments: list[str]) -> None:
     options = vars(parse("inspect", arguments))
-    file = _writable(options.pop("output_file"))
+    file = _writable(options.pop("output_file"), "adapter", "most_in_magnitude")
     from qdora.verbs.inspect import inspect
 
     report = inspect(**options)
@@ -170,19 +170,19 @@ def _whole_parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _writable(file: str | None) -> Path | None:
-    """Where the figures go, found fault with before the long work."""
-    path = None if file is None else Path(file)
-    if path is not None and (not path.parent.is_dir() or path.is_dir()):
-        raise ConfigError(f"cannot write {file}: its directory is missing, or it is one; choose another --output_file")
-    return path
+def _writable(file: str | None, *facts: str) -> Path | None:
+    """Where the figures go, found fault with before the long work; of earlier files only such figures are replaced."""
+    from qdora.output import check_file
+
+    return None if file is None else check_file(file, "--output_file", facts)
 
 
 def _write_figures(figures: dict[str, Any], file: Path | None) -> None:
-    from qdora.output import write_json
+    from qdora.output import write_json, writing
 
     if file is not None:
-        write_json(file, figures)
+        with writing(file):
+            write_json(file, figures)
 
 
 _VERBS: dict[str, Callable[[list[str]], None]] = {

@@ -28,6 +28,7 @@ from qdora.lock import locked
 __all__ = [
     "TEMPLATES",
     "UNFINISHED",
+    "check_file",
     "check_output",
     "flush",
     "new_directory",
@@ -76,10 +77,42 @@ def check_output(out: str | Path, overwrite: bool, inputs: Iterable[str | Path] 
     return path
 
 
-def _is_model(path: Path) -> bool:
+def check_file(file: str | Path, flag: str, facts: Iterable[str] = ()) -> Path:
+    """The path of a file to write, if it may be written; called before any long work.
+
+    Args:
+        flag: by which it is named.
+        facts: names that a JSON file holds which is of the kind to be written, so that it may be replaced; without
+            them any file may.
+
+    Raises:
+        ConfigError: its directory is missing or read-only, or something else than such a file is there.
+    """
+    path = Path(file)
+    if path.is_dir() or not path.parent.is_dir():
+        what = "it is a directory" if path.is_dir() else f"it is in {path.parent}, which is no directory"
+        raise ConfigError(f"cannot write {file}: {what}; choose another {flag}")
+    if path.exists() and not (path.is_file() and _holds(path, facts)):
+        raise ConfigError(f"{file} is there already, and is no earlier one of its kind; choose another {flag}")
     try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot write {file}: {error.strerror}; choose another {flag}") from None
+    return path
+
+
+def _is_model(path: Path) -> bool:
+    return _holds(path / "config.json", ["model_type"])
+
+
+def _holds(path: Path, names: Iterable[str]) -> bool:
+    """Whether a JSON file holds an object with all these names; of no names, whatever it is."""
+    wanted = set(names)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if wanted else {}
+        return isinstance(content, dict) and wanted <= content.keys()
+    except (OSError, ValueError, RecursionError):
         return False
 
 

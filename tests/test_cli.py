@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import shutil
 import subprocess
@@ -119,6 +120,11 @@ MISTAKES = [
     ("evaluate nf4 --adapter model --dataset good.jsonl", "model is not an adapter"),
     ("evaluate nf4 --merged nf4 --dataset good.jsonl", "is in NF4, so it is no merged model"),
     ("evaluate nf4 --dataset good.jsonl --output_file absent/f.json", "cannot write absent/f.json"),
+    ("evaluate nf4 --dataset good.jsonl --output_file good.jsonl", "good.jsonl is there already"),
+    ("evaluate nf4 --dataset good.jsonl --output_file nf4/config.json", "nf4/config.json is there already"),
+    ("inspect adapter --output_file adapter/adapter_model.safetensors", "is there already, and is no earlier one"),
+    ("inspect adapter --output_file adapter/adapter_config.json", "is there already, and is no earlier one"),
+    ("inspect adapter --picture absent/p.png", "which is no directory; choose another --picture"),
     ("chat nf4 --adapter nf4 --prompt a", "is not an adapter"),
     ("chat other --adapter adapter --prompt a", "the adapter is for another model"),
     ("inspect nf4", "is not an adapter"),
@@ -160,6 +166,19 @@ def test_the_readme_s_mistakes(
     for command, expected in zip(lines[::2], lines[1::2], strict=True):
         assert main(command.removeprefix("$ qdora ").replace("…", usual).split()) == 2, command
         assert capsys.readouterr().err.strip().splitlines()[-1] == expected
+
+
+def test_figures_go_to_a_file_and_over_earlier_ones(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    for command in ("evaluate nf4 --dataset good.jsonl --exact_match 0", "inspect adapter --base nf4"):
+        file = f"{command.split()[0]}.json"
+        for _ in range(2):
+            assert main([*command.split(), "--output_file", file]) == 0, capsys.readouterr().err
+        assert json.loads((place / file).read_text())
+    assert main(["inspect", "adapter", "--output_file", "evaluate.json"]) == 2
+    assert "evaluate.json is there already" in capsys.readouterr().err
 
 
 def test_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from qdora.errors import CheckpointError, ConfigError, OutputError
-from qdora.output import check_output, new_directory, replace_text, save_tensors, whole_files, write_json, writing
+from qdora.output import (
+    check_file,
+    check_output,
+    new_directory,
+    replace_text,
+    save_tensors,
+    whole_files,
+    write_json,
+    writing,
+)
 
 MODEL = '{"model_type": "llama"}'
 
@@ -248,3 +259,30 @@ def test_other_errors_pass(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, writing("out"):
         raise error
     assert caught.value is error
+
+
+def test_a_file_is_replaced_only_by_its_kind(tmp_path: Path) -> None:
+    for name, content in (("data.jsonl", '{"a": 1}\n{"a": 2}\n'), ("list.json", "[1]"), ("config.json", '{"b": 1}')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ConfigError, match=f"{name} is there already, and is no earlier one .* another --figures"):
+            check_file(tmp_path / name, "--figures", ["a", "b"])
+    (tmp_path / "earlier.json").write_text('{"a": 1, "b": 2, "c": 3}')
+    for name in ("earlier.json", "new.json"):
+        assert check_file(tmp_path / name, "--figures", ["a", "b"]) == tmp_path / name
+    assert check_file(tmp_path / "data.jsonl", "--picture") == tmp_path / "data.jsonl"
+    with pytest.raises(ConfigError, match="null is there already"):
+        check_file("/dev/null", "--figures")
+    with pytest.raises(ConfigError, match="is a directory; choose another --figures"):
+        check_file(tmp_path, "--figures")
+
+
+def test_a_directory_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)  # root may write whatever a mode says
+    with pytest.raises(ConfigError, match=r"f\.json: Read-only file system; choose another --figures"):
+        check_file(tmp_path / "f.json", "--figures")
+    assert not os.listdir(tmp_path)

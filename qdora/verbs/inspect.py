@@ -20,7 +20,7 @@ from qdora.config import AdapterConfig
 from qdora.distributed import bar
 from qdora.drawing import draw_changes
 from qdora.errors import CheckpointError, ConfigError
-from qdora.output import replace_bytes
+from qdora.output import check_file, replace_bytes
 from qdora.shards import fingerprint, format_bytes
 from qdora.sources import local_model
 from qdora.tables import aligned, wrapped
@@ -256,10 +256,7 @@ def _picture_file(picture: str | Path | None) -> Path | None:
     path = Path(picture)
     if path.suffix.lower() != ".png":
         raise ConfigError(f"the picture is a PNG; name a file that ends in .png, found {str(picture)!r}")
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a directory" if path.is_dir() else f"is in {path.parent}, which is no directory"
-        raise ConfigError(f"cannot write the picture: {picture} {what}; name another file")
-    return path
+    return check_file(path, "--picture")
 
 
 def _draw(changes: Sequence[LinearChange], title: str, path: Path, asked_for: bool) -> tuple[Path | None, str]:
