@@ -9,9 +9,13 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from qdora import __version__, screens
@@ -32,6 +36,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         143 if SIGINT or SIGTERM ended it, 141 if nobody reads the output any more.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _open_closed_streams()
+    try:
+        with _seen_interrupts() as seen:
+            status = _answer(given, seen)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except ImportError:
+        if not seen:
+            raise
+        return 130
+    except OSError as error:
+        lost = _lost_output(error)
+        if lost is None:
+            raise
+        print(lost[1], end="\n" if lost[1] else "", file=sys.stderr)
+        return lost[0]
+
+
+@contextmanager
+def _seen_interrupts() -> Iterator[list[int]]:
+    """The SIGINTs that came within it: a library that is being imported may swallow one, and then fail to import."""
+    seen: list[int] = []
+
+    def see(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+    signal.signal(signal.SIGINT, see)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _answer(given: Sequence[str], interrupts: Sequence[int]) -> int:
     screen = f"qdora {__version__}" if given[:1] == ["--version"] else screens.asked_for(given)
     if screen is not None:
         print(screen)
@@ -41,7 +86,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from qdora.distributed import run_to_the_end
 
-    return run_to_the_end(lambda: _run(given[0], given[1:]))
+    if interrupts:
+        raise KeyboardInterrupt
+    return run_to_the_end(lambda: _run(given[0], list(given[1:])))
+
+
+def _open_closed_streams() -> None:
+    """What the shell closed (`>&-`) goes nowhere, rather than into whichever file would be opened next."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 (as long as the process)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def _lost_output(error: OSError) -> tuple[int, str] | None:
+    """The exit status and a line if standard output takes no more; None if the error is about something else."""
+    line = ""
+    if error.filename is not None:
+        return None
+    if not isinstance(error, BrokenPipeError):
+        try:
+            print(flush=True)  # fails again, or is an empty line before a traceback
+            return None
+        except OSError as fault:
+            line = f"qdora: cannot write to standard output: {fault.strerror}; send it somewhere else"
+    # Python is not to complain when it flushes what is left.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return (2, line) if line else (141, "")
 
 
 def _run(verb: str, arguments: list[str]) -> tuple[int, str]:
@@ -59,11 +129,10 @@ def _run(verb: str, arguments: list[str]) -> tuple[int, str]:
         if not out_of_memory(error):
             raise
         return 2, f"qdora: out of memory: {reason(error)}; a smaller model, batch or length may fit"
-    except BrokenPipeError:
-        # Whoever read our output has had enough of it, and Python is not to complain when it flushes what is left.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141, ""
     except OSError as error:
+        lost = _lost_output(error)
+        if lost is not None:
+            return lost
         if error.errno not in _PLACES_FAULT or not error.filename:
             raise
         return 2, f"qdora: {error.strerror}: {error.filename}; look at that place, or name another"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -226,3 +228,60 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("qdora: no model at")
     assert done.stderr.count("\n") == 1
+
+
+def shell(command: str, **environment: str) -> tuple[int, str]:
+    """The exit status and what the program itself says on standard error, in a shell's line that calls it `qdora`."""
+    program = f"{shlex.quote(sys.executable)} -m qdora"
+    line = ["bash", "-c", f"set -o pipefail; {command.replace('qdora', program, 1)}"]
+    known = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(line, stderr=subprocess.PIPE, text=True, check=False, env={**known, **environment})
+    bitsandbytes = "Failed to load CPU gemm_4bit_forward"  # as it is imported, on some machines
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(bitsandbytes)]
+    return done.returncode, "\n".join(lines)
+
+
+@pytest.mark.parametrize("verb", ["--help", "train --help", "completion bash"])
+def test_an_output_that_nobody_reads(verb: str) -> None:
+    assert shell(f"qdora {verb} | true") in [(141, ""), (0, "")]  # by who is first
+
+
+@pytest.mark.parametrize("verb", ["--help", "completion bash"])
+def test_an_output_that_cannot_be_written(verb: str) -> None:
+    line = "qdora: cannot write to standard output: No space left on device; send it somewhere else"
+    assert shell(f"qdora {verb} > /dev/full") == (2, line)
+    assert shell(f"qdora {verb} > /dev/full", PYTHONUNBUFFERED="1") == (2, line)
+
+
+def test_streams_that_are_closed() -> None:
+    assert shell("qdora completion bash >&-") == (0, "")
+    assert shell("qdora --help <&- >&- 2>&-") == (0, "")
+
+
+INTERRUPTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            SEND
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from qdora.cli import main
+sys.meta_path.insert(0, Finder())
+sys.exit(main(["quantize", "a", "b"]))
+"""
+SEND = "os.kill(os.getpid(), signal.SIGINT)"
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        SEND,
+        f"try: {SEND}\n            except KeyboardInterrupt: pass",
+        f"try: {SEND}\n            except KeyboardInterrupt: raise ImportError('a module twice') from None",
+    ],
+    ids=["passed on", "swallowed", "turned into another"],
+)
+def test_an_interrupt_while_torch_is_imported(send: str) -> None:
+    program = INTERRUPTED.replace("SEND", send)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
