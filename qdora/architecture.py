@@ -23,7 +23,7 @@ from qdora.inject import attach, left_alone, linear_paths, linear_shape, make_le
 from qdora.loader import KeyNames, key_names
 from qdora.nf4 import NF4Weight
 from qdora.patterns import is_tame
-from qdora.sources import quietly, unusable
+from qdora.sources import check_model, quietly, unusable
 
 __all__ = [
     "Linears",
@@ -205,8 +205,10 @@ def load_config(path: str | Path, trust_remote_code: bool) -> PretrainedConfig:
     """The config of a model's directory, of the file itself or of a Hub id.
 
     Raises:
-        CheckpointError: none, or nonsense.
+        CheckpointError: there is no model, or its config is nonsense.
     """
+    if not (Path(path).is_file() and Path(path).suffix == ".json"):
+        check_model(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         _check_config(config.to_dict())

@@ -20,6 +20,7 @@ from qdora.shards import INDEX_FILE
 
 __all__ = [
     "check_complete",
+    "check_model",
     "copy_side_files",
     "find_gguf",
     "gguf_to_directory",
@@ -40,33 +41,63 @@ def local_model(path: str | Path) -> Path:
     Raises:
         CheckpointError: no such directory, and no such model on the Hub.
     """
-    directory = Path(path)
-    if (directory / CONFIG_FILE).is_file() and not (directory / "config.json").is_file():
-        raise CheckpointError(f"{path} is an adapter, not a model; name the model it was trained on")
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise CheckpointError(f"{path} is not a model directory: it has no config.json")
-        return directory
-    if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise CheckpointError(f"no model at {path}: expected a directory with config.json, or a Hub id (owner/name)")
+    if _is_here(path):
+        return Path(path)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    try:
-        fetched = Path(
-            snapshot_download(
-                str(path), allow_patterns=["*.safetensors", *_SIDE_FILES], ignore_patterns=list(_NOT_FETCHED)
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"no model at {path}: not a directory here, and the Hub gave none ({reason(error)})"
-        ) from None
+    wanted = ["*.safetensors", *_SIDE_FILES]
+    with _of_the_hub(path):
+        fetched = Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=list(_NOT_FETCHED)))
     if not any(fetched.glob("*.safetensors")):
         raise CheckpointError(
             f"{path} has no safetensors on the Hub; name a copy that has, or convert it and name the directory"
         )
     return fetched
+
+
+def check_model(path: str | Path) -> None:
+    """That `local_model` would find a model there, as far as its config tells; of a Hub id nothing else is fetched.
+
+    Raises:
+        CheckpointError: it would not.
+    """
+    if not _is_here(path):
+        from huggingface_hub import hf_hub_download
+
+        with _of_the_hub(path):
+            hf_hub_download(str(path), "config.json")
+
+
+def _is_here(path: str | Path) -> bool:
+    """Whether it is a model's directory rather than a Hub id.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    directory = Path(path)
+    if (directory / "config.json").is_file():
+        return True
+    if (directory / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{path} is an adapter, not a model; name the model it was trained on")
+    if find_gguf(path) is not None:
+        raise CheckpointError(f"{path} is a model in GGUF; quantize it first: qdora quantize {path} OUT")
+    if directory.is_dir():
+        raise CheckpointError(f"{path} is not a model directory: it has no config.json")
+    if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise CheckpointError(f"no model at {path}: expected a directory with config.json, or a Hub id (owner/name)")
+    return False
+
+
+@contextmanager
+def _of_the_hub(path: str | Path) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"no model at {path}: not a directory here, and the Hub gave none ({reason(error)})"
+        ) from None
 
 
 def find_gguf(path: str | Path) -> Path | None:

@@ -56,6 +56,7 @@ def place(tmp_path: Path, tiny: Path, tiny_nf4: Path, tiny_adapter: Path) -> Pat
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1')
     (tmp_path / "empty").mkdir()
+    (tmp_path / "model.gguf").write_text("GGUF")
     make_model(tmp_path / "other", hidden_size=128)
     good = '{"prompt": "a", "completion": "b"}\n'
     (tmp_path / "good.jsonl").write_text(good * 4)
@@ -131,6 +132,12 @@ MISTAKES = [
     ("chat other --adapter adapter --prompt a", "the adapter is for another model"),
     ("inspect nf4", "is not an adapter"),
     ("inspect adapter --base other", "the adapter is for another model"),
+    ("init absent good.jsonl", "no model at absent: expected a directory with config.json, or a Hub id (owner/name)"),
+    ("init adapter good.jsonl", "adapter is an adapter, not a model; name the model it was trained on"),
+    ("estimate absent", "no model at absent: expected a directory"),
+    ("estimate empty", "empty is not a model directory: it has no config.json"),
+    ("estimate model.gguf", "model.gguf is a model in GGUF; quantize it first: qdora quantize model.gguf OUT"),
+    ("train --model_name_or_path model.gguf --dataset good.jsonl --output_dir out", "quantize it first"),
     ("init nf4 absent.jsonl", "no data file at absent.jsonl"),
     ("init nf4 good.jsonl --memory lots", "not a size: 'lots'"),
     ("init nf4 good.jsonl --out good.jsonl", "good.jsonl is there already"),

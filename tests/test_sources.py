@@ -12,20 +12,38 @@ import pytest
 import torch
 
 from qdora.errors import CheckpointError
-from qdora.sources import copy_side_files, find_gguf, gguf_to_directory, local_model
+from qdora.sources import check_model, copy_side_files, find_gguf, gguf_to_directory, local_model
 
 
 def test_a_directory_is_itself_and_anything_else_is_named(tiny: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     assert local_model(tiny) == tiny
     (tmp_path / "file").write_text("x")
+    (tmp_path / "ours.gguf").write_text("x")
+    (tmp_path / "empty").mkdir()
     for path, message in [
+        (tmp_path / "ours.gguf", r"ours.gguf is a model in GGUF; quantize it first: qdora quantize .*ours.gguf OUT"),
         (tiny_adapter, "is an adapter, not a model; name the model it was trained on"),
-        (tmp_path, "is not a model directory: it has no config.json"),
+        (tmp_path / "empty", "is not a model directory: it has no config.json"),
         (tmp_path / "absent", "expected a directory with config.json, or a Hub id"),
         (tmp_path / "file", "expected a directory"),
     ]:
-        with pytest.raises(CheckpointError, match=message):
-            local_model(path)
+        for look in (local_model, check_model):
+            with pytest.raises(CheckpointError, match=message):
+                look(path)
+
+
+def test_of_a_model_on_the_hub_only_the_config_is_fetched_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[tuple[str, ...]] = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names: fetched.append(names))
+    check_model("ada/llama")
+    assert fetched == [("ada/llama", "config.json")]
+
+    def offline(*_: object) -> None:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(CheckpointError, match=r"^no model at ada/llama: not a directory here, and the Hub gave none"):
+        check_model("ada/llama")
 
 
 def test_a_model_of_the_hub_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
