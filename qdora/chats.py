@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qdora.errors import DataError
+from qdora.errors import DataError, shown
 from qdora.rows import Row, holds_half_a_pair, parse_json
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "PAIR",
     "SHAREGPT",
     "TEXT",
+    "check_roles",
     "is_learned",
     "messages_of",
     "settings_of",
@@ -37,6 +38,7 @@ _SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
 }
+_ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 
 
 def messages_of(row: Row, layout: str, where: str) -> tuple[list[Row], int]:
@@ -75,6 +77,21 @@ def _history(row: Row, where: str) -> list[Row]:
 
 def _turn(question: str, answer: str) -> list[Row]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def check_roles(messages: list[Row], where: str) -> None:
+    """That a chat without an answer does not lack it for a misspelled role; templates may know more than the usual.
+
+    Raises:
+        DataError: nobody is the assistant, and somebody is of no known role.
+    """
+    roles = [message["role"] for message in messages]
+    unknown = [role for role in roles if role not in _ROLES]
+    if unknown and "assistant" not in roles:
+        raise DataError(
+            f"{where}: no turn has the role 'assistant', and {shown(unknown[0])} is none of {', '.join(_ROLES)}; "
+            "call who answers 'assistant'"
+        )
 
 
 def is_learned(message: Row) -> bool:

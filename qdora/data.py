@@ -114,6 +114,7 @@ def encode(
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("the tokenizer has no fast version, and answers are found by its offsets")
     data, own = EncodedData([], [], recognize(rows, source)), OwnTokens.of(tokenizer)
+    beyond = 0
     for number, row in zip(numbers or range(1, len(rows) + 1), progress(rows), strict=True):
         rendered = render(row, number, data.layout, tokenizer, source, loss_on_all, own)
         ids, has_loss = _tokenize(rendered, tokenizer, loss_on_all, own)
@@ -123,6 +124,7 @@ def encode(
         length = len(ids) if max_length is None else min(max_length, len(ids))
         if not any(has_loss[1:length]):  # nothing comes before the first token that could predict it
             data.dropped += 1
+            beyond += any(has_loss[1:])
             continue
         data.hidden += rendered.hidden
         data.ended += is_open
@@ -133,7 +135,7 @@ def encode(
     if not data.input_ids:
         raise DataError(
             f"{source}: no row has an answer to learn from"
-            + (f" within max_length={max_length}" if max_length is not None else "")
+            + (f" within max_length={max_length}" if beyond else "")
             + "; every label would be masked"
         )
     return data

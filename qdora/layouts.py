@@ -23,6 +23,7 @@ from qdora.chats import (
     PAIR,
     SHAREGPT,
     TEXT,
+    check_roles,
     is_learned,
     messages_of,
     settings_of,
@@ -96,6 +97,8 @@ def recognize(rows: Sequence[Row], source: str | Path) -> str:
         DataError: none that is known.
     """
     columns = rows[0].keys()
+    if not columns:
+        raise DataError(f"{source}: the first row has no columns at all; leave out what is empty")
     for layout, needed in _COLUMNS.items():
         if all(column in columns for column in needed):
             return layout
@@ -138,6 +141,7 @@ def render(
         text = template(messages)
         rendered = Rendered(text, ((0, len(text)),), whole=True, ends_in_answer=messages[-1]["role"] == "assistant")
     else:
+        check_roles(messages, where)
         rendered = _mark_answers(messages, first_answer, template, where)
     return replace(rendered, without_tools=leaves_tools_out(rendered.text, messages, template.tools, template.render))
 

@@ -69,3 +69,14 @@ def test_what_has_no_place(row: dict[str, Any], layout: str, message: str) -> No
 def test_settings_that_are_none() -> None:
     with pytest.raises(DataError, match="'chat_template_kwargs' must be an object, found list"):
         settings_of({"chat_template_kwargs": [1]}, "row 1")
+
+
+def test_a_misspelled_assistant_is_named() -> None:
+    row = {"messages": [USER, {**ASSISTANT, "role": "Assistant"}]}
+    with pytest.raises(DataError, match=r"^data, row 1: no turn has the role 'assistant', and 'Assistant' is none of"):
+        encode([row], make_tokenizer(), None, "data")
+    assert len(encode([row], make_tokenizer(), None, loss_on_all=True)) == 1
+    critic = {"role": "critic", "content": "Too few."}  # which a template may know
+    assert learned({"messages": [USER, ASSISTANT, critic, ASSISTANT]}, make_tokenizer()).count("42.") == 2
+    with pytest.raises(DataError, match=r"no row has an answer to learn from; every label"):
+        encode([{"messages": [USER]}], make_tokenizer(), 64)

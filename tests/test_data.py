@@ -320,3 +320,9 @@ def test_a_token_that_swallows_the_space_after_it_is_no_answer(tokenizer: Any) -
     assert learned(row, tokenizer) == "42 apples<|im_end|>"
     tokenizer.add_tokens([AddedToken("<yes>", lstrip=True, special=True)])
     assert learned({"prompt": "How many?", "completion": " <yes>"}, tokenizer).strip() == "<yes><|im_end|>"
+
+
+def test_max_length_is_blamed_only_for_what_it_cut(tokenizer: Any) -> None:
+    for row, blamed in (({"prompt": "Question: 12?", "completion": " 42"}, " within max_length=3"), ({"text": ""}, "")):
+        with pytest.raises(DataError, match=rf"^data: no row has an answer to learn from{blamed}; every label"):
+            encode([row], tokenizer, 3, "data")

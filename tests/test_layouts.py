@@ -44,3 +44,5 @@ def test_no_answer() -> None:
 def test_columns_that_are_no_layout() -> None:
     with pytest.raises(DataError, match=r"data has the columns a, b, which is no known layout \(messages: messages;"):
         recognize([{"a": 1, "b": 2}], "data")
+    with pytest.raises(DataError, match=r"^data: the first row has no columns at all"):
+        recognize([{}], "data")
