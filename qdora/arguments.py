@@ -11,6 +11,8 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from qdora.config import ALL_LINEAR, AdapterConfig
-from qdora.errors import ConfigError, reason
+from qdora.errors import ConfigError, reason, shown
 from qdora.flags import DEFAULTS, OTHER_NAMES, RunArguments
 from qdora.groups import Rates
 from qdora.nearest import did_you_mean, nearest, spelled
@@ -27,6 +29,8 @@ from qdora.together import check_evaluation, check_together
 __all__ = ["adapter_config", "all_flags", "flag_parser", "flags_of", "parse_estimate", "parse_train", "rates"]
 
 _MOST_VALUES = 10_000
+# Flags of ours that may name a path.
+_PLACES = ("model_name_or_path", "dataset", "eval_dataset", "original_model_name_or_path")
 _NOT_STARTED = ("--dataset", "none", "--output_dir", "none")
 
 
@@ -41,6 +45,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     """
     parser = flag_parser("train")
     flags = list(arguments)
+    _check_config_is_first(flags, parser)
     if flags and not flags[0].startswith("-"):
         flags = flags_of(_read_yaml(flags[0])) + flags[1:]
     known = {name.lstrip("-") for action in parser._actions for name in action.option_strings}
@@ -57,9 +62,14 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
         with warnings.catch_warnings():
             # TRL's own default sets a flag by the name that transformers is about to change.
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
-            run, training = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+            run, training, *_, left = parser.parse_args_into_dataclasses(
+                flags, look_for_args_file=False, return_remaining_strings=True
+            )
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError(f"these training flags do not fit together: {str(error).splitlines()[0]}") from None
+    if left:
+        raise ConfigError(_too_many(left[0], flags))
+    _expand_home(run, training)
     if not _is_given("per_device_eval_batch_size", flags):
         # Rows without gradients take less than as many that train: what fits a step fits an evaluation.
         training.per_device_eval_batch_size = min(
@@ -71,6 +81,37 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     check_together(run, training)
     check_evaluation(run, training)
     return run, training
+
+
+def _check_config_is_first(words: Sequence[str], parser: HfArgumentParser) -> None:
+    """
+    Raises:
+        ConfigError: a config file stands behind another word, where no flag takes it.
+    """
+    may_be_bare = {name for action in parser._actions if action.nargs == "?" for name in action.option_strings}
+    for before, word in pairwise(words):
+        if word.startswith("-") or not word.endswith((".yaml", ".yml")):
+            continue
+        if not words[0].startswith("-") and before == words[0]:
+            raise ConfigError(f"two config files, {words[0]} and {word}; put the settings of a run into one")
+        if not before.startswith("--") or spelled(before) in may_be_bare:
+            raise ConfigError(f"the config file comes first, before all flags; move {word} there")
+
+
+def _too_many(word: str, flags: Sequence[str]) -> str:
+    """What to say of a word that no flag has taken."""
+    if word.startswith("-"):
+        return f"unknown flag {word}; `qdora train --help_all` lists them all"
+    before = [flag for flag in flags[: flags.index(word)] if flag.startswith("--")]
+    after = f" after {before[-1].partition('=')[0]}" if before else ""
+    return f"one word too many: {word!r}{after}; give one value, in quotes if it holds spaces"
+
+
+def _expand_home(run: RunArguments, training: Any) -> None:
+    """`~` in a config, which no shell has seen."""
+    for arguments, name in (*((run, name) for name in _PLACES), (training, "chat_template_path")):
+        if value := getattr(arguments, name):
+            setattr(arguments, name, expanduser(value))
 
 
 def _evaluation_defaults(flags: Sequence[str], logging_steps: float) -> dict[str, Any]:
@@ -206,13 +247,30 @@ def all_flags(verb: str) -> str:
     return parser.format_help().rstrip()
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML takes the last of two equal keys in silence; this one takes neither."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = key.value.replace("-", "_"), key.start_mark.line + 1
+                if name in lines:
+                    raise yaml.YAMLError(f"{shown(name)} is set in line {lines[name]} and in line {line}; keep one")
+                lines[name] = line
+        return node
+
+
 def _read_yaml(name: str) -> Mapping[str, Any]:
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(f"no config file at {path}; write its settings there, or give flags alone")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; let it be read, or name another") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {reason(error)}") from None
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{path} must hold settings such as `learning_rate: 2e-4`, one a line")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from os.path import expanduser
 from typing import Any, NoReturn
 
 from qdora.errors import ConfigError
@@ -14,6 +15,8 @@ from qdora.nearest import nearest, spelled
 
 __all__ = ["PARSERS", "SHELLS", "parse"]
 
+# What may name a path; a shell expands `~` only where a word begins with it, and not in `--flag=~/x`.
+_PLACES = {"model", "base", "adapter", "merged", "out", "dataset", "chat_template_path", "output_file", "picture"}
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -34,6 +37,9 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         raise ConfigError(f"one word too many: {unknown[0]!r}; `{parser.prog} --help` shows how it goes")
     del options.help
+    for name in _PLACES & vars(options).keys():
+        if value := getattr(options, name):
+            setattr(options, name, expanduser(value))
     return options
 
 

@@ -94,7 +94,9 @@ class ShardReader:
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             names = {str(key): str(name) for key, name in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise CheckpointError(f"{path} is not a safetensors index; download the model again") from None
         for name in set(names.values()):
             if Path(name).name != name or not name.endswith(".safetensors"):
@@ -118,9 +120,7 @@ class ShardReader:
                     self._bytes_of[key] = math.prod(part.get_shape()) * _bytes_per_value(dtype)
             header_of(path)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged or cut short ({reason(error)}); download or write it again"
-            ) from None
+            raise _unreadable(path, error) from None
 
     def keys(self) -> list[str]:
         """The names of all tensors, in the order of the files."""
@@ -220,7 +220,16 @@ def header_of(path: Path) -> tuple[dict[str, Any], int]:
                 raise ValueError(f"a header of {length} bytes")
             return json.loads(content.read(length), object_pairs_hook=_once), 8 + length
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({reason(error)}); download or write it again") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What keeps a file from being read. Of one that may not be opened the safetensors library says there is none."""
+    try:
+        path.open("rb").close()
+    except OSError as fault:
+        return CheckpointError(f"cannot read {path}: {fault.strerror}; let it be read, or name another")
+    return CheckpointError(f"{path} is damaged or cut short ({reason(error)}); download or write it again")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,12 @@ def test_flags_of() -> None:
         ([*NEEDED, "--accelerator_config", "absent.json"], "absent.json"),
         ([*NEEDED, "--lora_r", "many"], "invalid int value: 'many'"),
         ([*NEEDED, "--lora_r"], "expected one argument"),
-        ([*NEEDED, "stray"], "stray"),
+        ([*NEEDED, "stray"], "one word too many: 'stray' after --output_dir; give one value"),
+        ([*NEEDED, "--dataset", "a.jsonl", "b.jsonl"], "one word too many: 'b.jsonl' after --dataset; give one value"),
+        ([*NEEDED, "-x"], "unknown flag -x; `qdora train --help_all`"),
+        (["--max_steps", "3", "q.yaml"], "the config file comes first, before all flags; move q.yaml there"),
+        (["--dry-run", "q.yml"], "the config file comes first, before all flags; move q.yml there"),
+        (["a.yaml", "b.yaml"], "two config files, a.yaml and b.yaml; put the settings of a run into one"),
         ([*NEEDED, "--eval_strategy", "often"], "often"),
         ([*NEEDED, "--hold_outputs", "true", "--gradient_checkpointing", "false"], "--hold_outputs spares a part of"),
         (["absent.yaml"], "no config file at absent.yaml"),
@@ -89,6 +95,7 @@ def test_mistakes(flags: list[str], message: str) -> None:
         ("modle: x", "did you mean --model_name_or_path?"),
         ("", "must hold"),
         ("max_length: null", "max_length must be a number of tokens"),
+        ("lora_r: 8\nseed: 1\nlora-r: 4\n", "'lora_r' is set in line 1 and in line 3; keep one"),
     ],
 )
 def test_bad_config_files(text: str, message: str, tmp_path: Path) -> None:
@@ -158,3 +165,27 @@ def test_what_is_measured_with_the_log_is_saved_with_it() -> None:
     assert (training.eval_steps, training.save_steps, training.load_best_model_at_end) == (3, 3, True)
     _, training = parse_train([*NEEDED, *flags[:4]])
     assert training.eval_steps == training.save_steps == training.logging_steps
+
+
+def test_merged_keys_are_not_twice_there(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("<<: {model_name_or_path: m, dataset: d, output_dir: o, lora_r: 8}\nlora_r: 4\n")
+    assert parse_train([str(config)])[0].lora_r == 4
+
+
+def test_a_config_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "c.yaml").touch()
+    monkeypatch.setattr(Path, "read_text", denied)  # root may read whatever a mode says
+    with pytest.raises(ConfigError, match=r"^cannot read .*c.yaml: Permission denied; "):
+        parse_train([str(tmp_path / "c.yaml")])
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("model_name_or_path: ~/m\ndataset: ~/d.jsonl\noutput_dir: ~/o\n")
+    run, training = parse_train(["~/c.yaml", "--eval_dataset=~/e.jsonl", "--chat_template_path", "~/t.jinja"])
+    found = [run.model_name_or_path, run.dataset, run.eval_dataset, training.output_dir, training.chat_template_path]
+    assert found == [str(tmp_path / name) for name in ("m", "d.jsonl", "e.jsonl", "o", "t.jinja")]

@@ -54,3 +54,11 @@ def test_every_flag_is_a_parameter(verb: str) -> None:
     parameters = inspect.signature(getattr(qdora, verb)).parameters.keys()
     assert flags <= parameters
     assert parameters - flags <= {"terminal"}
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    options = parse("evaluate", ["~/m", "--dataset=~/d.jsonl", "--output_file=~/f.json", "--adapter", "a"])
+    assert (options.model, options.dataset, options.output_file, options.adapter) == (
+        *("/home/ada/m", "/home/ada/d.jsonl", "/home/ada/f.json", "a"),
+    )

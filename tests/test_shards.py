@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qdora import shards
 from qdora.errors import CheckpointError, ConfigError
 from qdora.shards import INDEX_FILE, SINGLE_FILE, ShardReader, ShardWriter, fingerprint, format_bytes, parse_size
 from tests.conftest import make_model
@@ -182,4 +184,19 @@ def test_a_name_that_stands_twice(tmp_path: Path) -> None:
 def test_codes_without_their_scales_are_refused(tmp_path: Path) -> None:
     save_file({"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"'a.weight' in F8_E4M3, whose scales nothing tells"):
+        ShardReader(tmp_path)
+
+
+def test_a_file_that_may_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 10**9)
+
+    def absent(*_: object, **__: object) -> None:
+        raise FileNotFoundError("No such file or directory: model.safetensors")
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(shards, "safe_open", absent)  # as the library says it
+    monkeypatch.setattr(Path, "open", denied)  # root may open whatever a mode says
+    with pytest.raises(CheckpointError, match=r"^cannot read .*model.safetensors: Permission denied; let it be read"):
         ShardReader(tmp_path)
