@@ -274,6 +274,20 @@ def test_a_question_longer_than_the_model_is_said_and_not_remembered(model: Any,
     assert all(len(asked) < 10 for asked, _ in [*turns, *voice.turns])
 
 
+def test_what_is_not_answered_is_named_and_no_success(model: Any, tokenizer: Any, tiny: Path) -> None:
+    long = "apples " * 1000
+    model.config.max_position_embeddings = 64
+    script = Script("Hi", long, "And?", interactive=False)
+    with pytest.raises(ConfigError, match=r"^1 of 3 questions not answered \(question 2\); the notes above say why$"):
+        converse({"": talk(model, tokenizer)}, script.terminal)
+    (note,) = [note for note in script.notes if "shorten it" in note]
+    assert note.startswith("question 2: the question is ")
+    script = Script()
+    with pytest.raises(ConfigError, match=r"^2 of 3 prompts not answered \(prompt 1, 3\); the notes above say why$"):
+        chat(tiny, prompts=[long, "Hi", long], max_new_tokens=8, device="cpu", terminal=script.terminal)
+    assert script.answers.strip() == say(tiny, "Hi").answers.strip()
+
+
 def test_without_a_template_texts_are_continued_as_they_stand(model: Any) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None

@@ -108,7 +108,8 @@ def chat(
         terminal: by default standard input and output.
 
     Raises:
-        ConfigError: an argument is wrong.
+        ConfigError: an argument is wrong; or, with nobody before the terminal, a question could not be answered (the
+            others were).
         CheckpointError: model or adapter is missing, damaged, or they do not belong together.
         DataError: what is read is not UTF-8.
         NumericsError: the model's logits are not finite.
@@ -140,8 +141,10 @@ def chat(
         for heading, use_adapter in headings.items()
     }
     if prompts:
-        for prompt in prompts:
-            _answer(voices, prompt, terminal)
+        _check_answered(
+            [_answer(voices, prompt, f"prompt {number}", terminal) for number, prompt in enumerate(prompts, 1)],
+            "prompt",
+        )
     else:
         converse(voices, terminal)
 
@@ -163,19 +166,35 @@ def converse(voices: Mapping[str, Conversation], terminal: Terminal) -> None:
         voices: by the headings of their answers; each answers every question.
 
     Raises:
+        ConfigError: a question could not be answered, and nobody was there to see it.
         DataError: what is read is not UTF-8.
     """
+    answered: list[bool] = []
     if terminal.interactive:
         terminal.note("/help lists the commands")
     while (line := _read(terminal)) is not None:
         command = _COMMAND.fullmatch(line.rstrip())
         if command is None:
             if line.strip():
-                _answer(voices, line, terminal)
+                name = "" if terminal.interactive else f"question {len(answered) + 1}"
+                answered.append(_answer(voices, line, name, terminal))
         elif command[1].lower() == "exit":
-            return
+            break
         else:
             terminal.note(_obey(command[1].lower(), command[2], voices))
+    if not terminal.interactive:
+        _check_answered(answered, "question")
+
+
+def _check_answered(answered: Sequence[bool], what: str) -> None:
+    """
+    Raises:
+        ConfigError: not all were.
+    """
+    missed = [str(number) for number, done in enumerate(answered, 1) if not done]
+    if missed:
+        which = f"{len(missed)} of {len(answered)} {what}s not answered ({what} {', '.join(missed)})"
+        raise ConfigError(f"{which}; the notes above say why")
 
 
 def _obey(command: str, text: str | None, voices: Mapping[str, Conversation]) -> str:
@@ -198,7 +217,16 @@ def _obey(command: str, text: str | None, voices: Mapping[str, Conversation]) ->
     return HELP if command == "help" else f"no command /{command}; /help lists them"
 
 
-def _answer(voices: Mapping[str, Conversation], question: str, terminal: Terminal) -> None:
+def _answer(voices: Mapping[str, Conversation], question: str, name: str, terminal: Terminal) -> bool:
+    """Ask every voice.
+
+    Args:
+        name: of the question, for a note that it cannot be answered.
+
+    Returns:
+        Whether all have answered.
+    """
+    all_have = True
     for heading, voice in voices.items():
         if heading:
             terminal.write(f"── {heading} ──\n")
@@ -206,13 +234,15 @@ def _answer(voices: Mapping[str, Conversation], question: str, terminal: Termina
             try:
                 answer = voice.ask(question, terminal.write, stopped)
             except ConfigError as error:
-                terminal.note(str(error))
+                terminal.note(f"{name}: {error}" if name else str(error))
+                all_have = False
                 continue
         terminal.write("\n")
         for line in _remarks(answer):
             terminal.note(line)
     if terminal.interactive:
         terminal.write("\n")
+    return all_have
 
 
 def _remarks(answer: Answer) -> list[str]:
