@@ -57,6 +57,8 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="store_true", help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
+        if "not allowed with argument" in message:
+            raise ConfigError(f"{message.removeprefix('argument ')}; choose one")
         raise ConfigError(f"{message}; `{self.prog} --help` lists what there is")
 
 
@@ -98,8 +100,9 @@ def _merge() -> _Parser:
     parser.add_argument("adapter", metavar="ADAPTER", help="an adapter directory, ours or PEFT's")
     parser.add_argument("out", metavar="OUT", help="the directory to write")
     parser.add_argument("--dtype", default="float16", metavar="TYPE", help="float16 or bfloat16 [float16]")
-    parser.add_argument("--verify", action="store_true", default=None, help="compare even if memory is short")
-    parser.add_argument("--no_verify", action="store_false", dest="verify", help="do not compare")
+    verify = parser.add_mutually_exclusive_group()
+    verify.add_argument("--verify", action="store_true", default=None, help="compare even if memory is short")
+    verify.add_argument("--no_verify", action="store_false", dest="verify", default=None, help="do not compare")
     _add_other_base(parser)
     parser.add_argument(
         "--onto_original", action="store_true", help="onto a 16-bit base as it is, not as NF4 rounds it"

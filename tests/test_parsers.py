@@ -27,6 +27,11 @@ def test_names_and_defaults() -> None:
     [
         ("merge", ["b", "a"], "the following arguments are required: OUT; `qdora merge --help`"),
         ("merge", ["b", "a", "o", "--verfy"], "unknown flag --verfy; did you mean --verify?"),
+        (
+            "merge",
+            ["b", "a", "o", "--verify", "--no-verify"],
+            "--no_verify: not allowed with argument --verify; choose one",
+        ),
         ("quantize", ["m", "o", "--skip-module", "x"], "did you mean --skip_modules?"),
         ("quantize", ["m", "o", "p"], "one word too many: 'p'"),
         ("chat", ["m", "--zzzzzz"], "unknown flag --zzzzzz; `qdora chat --help`"),
