@@ -73,8 +73,8 @@ def say_once(line: str) -> None:
 
 
 def bar(what: str, unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """Goes through things with a bar that is gone at the end, in the main process only."""
-    return lambda items: tqdm(items, desc=what, unit=f" {unit}", leave=False, disable=not is_main())
+    """Goes through things with a bar that is gone at the end, in the main process and on a terminal only."""
+    return lambda items: tqdm(items, desc=what, unit=f" {unit}", leave=False, disable=None if is_main() else True)
 
 
 def run_to_the_end(verb: Callable[[], tuple[int, str]]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import qdora
 from qdora.arguments import flags_of
+from qdora.distributed import bar
 from tests.conftest import make_model
 from tests.test_numerics import POISON, rows, spoil
 
@@ -254,3 +256,15 @@ def test_a_fault_in_the_data_ends_all_with_one_line(common: dict[str, Any], tmp_
     assert len(said) == 1
     assert "row 9: the field 'completion' is missing" in said[0]
     assert "DataError" not in done.stderr  # no traceback of ours; the launcher adds its own
+
+
+@pytest.mark.parametrize(("rank", "on_terminal", "shown"), [("0", True, True), ("0", False, False), ("1", True, False)])
+def test_bars_are_the_main_process_s_and_for_terminals(
+    rank: str, on_terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: on_terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("RANK", rank)
+    assert list(bar("tokenize", "rows")([1, 2])) == [1, 2]
+    assert ("tokenize" in stream.getvalue()) == shown

@@ -188,3 +188,8 @@ def test_what_the_model_does_not_read_may_be_infinite(tiny_adapter: Path, tmp_pa
     qdora.merge(tmp_path / "base", tiny_adapter, tmp_path / "out", verify=False, allow_other_base=True)
     for directory in (tmp_path / "base", tmp_path / "out"):
         assert torch.equal(ShardReader(directory).get(name), mask)
+
+
+def test_a_log_has_no_bars(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    qdora.quantize(tiny, tmp_path / "out")
+    assert "\r" not in capfd.readouterr().err

@@ -138,7 +138,8 @@ def quantize(
 
 def _matrices(reader: ShardReader, linears: Linears) -> Iterator[tuple[str, Tensor]]:
     """The source's tensors, stacks of experts taken apart, one in memory at a time."""
-    with tqdm(total=reader.total_bytes, unit="B", unit_scale=True, desc="quantize", leave=False) as bar:
+    size = reader.total_bytes
+    with tqdm(total=size, unit="B", unit_scale=True, desc="quantize", leave=False, disable=None) as bar:  # on terminals
         for key in reader:
             yield from _apart(key, reader.get(key), linears)
             bar.update(reader.nbytes(key))
