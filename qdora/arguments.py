@@ -16,6 +16,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -41,8 +42,16 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
         Our arguments and TRL's `SFTConfig`.
 
     Raises:
-        ConfigError: an unknown name (the nearest one is suggested), a bad value, a missing one.
+        ConfigError: an unknown name (the nearest one is suggested), a bad value, a missing one; or nothing here can do
+            what is asked.
     """
+    run, training = _parse(arguments)
+    if training.fp16 and (training.use_cpu or not torch.accelerator.is_available()):
+        raise ConfigError("--fp16 needs an accelerator, and this run is on the CPU; leave it out")
+    return run, training
+
+
+def _parse(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     parser = flag_parser("train")
     flags = list(arguments)
     _check_config_is_first(flags, parser)
@@ -53,7 +62,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
         name = flag[2:].partition("=")[0].replace("-", "_")
         if flag.startswith("--") and name not in known:
             raise ConfigError(f"unknown flag --{name}{_suggestion(name, known)}")
-    flags = _with_bare_fsdp([spelled(flag) for flag in flags])
+    flags = _with_plain_bf16(_with_bare_fsdp([spelled(flag) for flag in flags]))
     parser.set_defaults(**_evaluation_defaults(flags, parser.get_default("logging_steps")))
     missing = [name for name in ("model_name_or_path", "dataset", "output_dir") if not _is_given(name, flags)]
     if missing:
@@ -150,7 +159,7 @@ def parse_estimate(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     """
     flags = list(arguments)
     start = 1 if flags and not flags[0].startswith("-") else 0
-    return parse_train([*flags[:start], *_NOT_STARTED, *flags[start:]])
+    return _parse([*flags[:start], *_NOT_STARTED, *flags[start:]])
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
@@ -305,6 +314,18 @@ def _with_bare_fsdp(flags: Sequence[str]) -> list[str]:
         else:
             plain.append(flag)
     return plain
+
+
+def _with_plain_bf16(flags: Sequence[str]) -> list[str]:
+    """`--bf16 true` as `--dtype bfloat16`: with all weights in it autocast has nothing to do, and CPUs know it too.
+
+    Beside another `--dtype` it means autocast, and beside `--fp16` nothing; both are left to the trainer.
+    """
+    asked = str(_value_of("bf16", flags)).lower() in ("true", "t", "yes", "y", "1")
+    in_half = _is_given("fp16", flags) and str(_value_of("fp16", flags)).lower() != "false"
+    if not asked or in_half or _value_of("dtype", flags) not in (None, "bfloat16"):
+        return [*flags]
+    return [*flags, "--bf16", "false", "--dtype", "bfloat16"]
 
 
 def _is_given(name: str, flags: Sequence[str]) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qdora import ConfigError
-from qdora.arguments import adapter_config, flags_of, parse_train
+from qdora.arguments import adapter_config, flags_of, parse_estimate, parse_train
 
 NEEDED = ["--model_name_or_path", "m", "--dataset", "d", "--output_dir", "o"]
 
@@ -181,6 +181,32 @@ def test_a_config_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, "read_text", denied)  # root may read whatever a mode says
     with pytest.raises(ConfigError, match=r"^cannot read .*c.yaml: Permission denied; "):
         parse_train([str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "autocast"),
+    [
+        (["--bf16", "true"], "bfloat16", False),
+        (["--bf16=True", "--dtype", "bfloat16"], "bfloat16", False),
+        (["--bf16", "false"], None, False),
+        (["--bf16", "true", "--bf16", "false"], None, False),
+        (["--bf16", "true", "--dtype", "float32", "--use_cpu", "true"], "float32", True),
+    ],
+)
+def test_bf16_is_a_dtype(flags: list[str], dtype: str | None, autocast: bool) -> None:
+    run, training = parse_train([*NEEDED, *flags])
+    assert (run.dtype, training.bf16) == (dtype, autocast)
+
+
+def test_fp16_is_not_for_cpus() -> None:
+    for flags in (["--fp16", "true", "--use_cpu", "true"], ["--fp16", "--use_cpu"]):
+        with pytest.raises(
+            ConfigError, match=r"^--fp16 needs an accelerator, and this run is on the CPU; leave it out"
+        ):
+            parse_train([*NEEDED, *flags])
+    with pytest.raises(ConfigError, match="At most one of fp16 and bf16"):
+        parse_train([*NEEDED, "--fp16", "true", "--bf16", "true", "--use_cpu", "true"])
+    assert parse_estimate(["--model_name_or_path", "m", "--fp16", "true"])[1].fp16  # for another machine
 
 
 def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

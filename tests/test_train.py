@@ -47,7 +47,7 @@ def quick(model: Path, data: Path, out: Path, **flags: Any) -> qdora.TrainReport
             torch.bfloat16,
             "this CPU is slow in bfloat16: --dtype float32, without",
         ),
-        ({"bf16": True}, torch.float32, "this CPU is slow in bfloat16: --dtype float32, without"),
+        ({"bf16": True}, torch.bfloat16, "this CPU is slow in bfloat16: --dtype float32, without"),
         ({"dtype": "float32"}, torch.float32, None),
     ],
 )
