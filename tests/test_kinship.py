@@ -198,7 +198,7 @@ def test_an_adapter_is_not_applied_to_what_it_is_merged_into(place: Path, tmp_pa
     with pytest.raises(CheckpointError, match="it is merged into these weights already"):
         qdora.load_model(tmp_path / "merged", place / "on-nf4", load_in_4bit=False)
     (tmp_path / "merged" / "qdora_merge.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="the weights of .* are others"):
+    with pytest.raises(CheckpointError, match=r"the weights of .* are others"):
         qdora.merge(tmp_path / "merged", place / "on-nf4", tmp_path / "twice", verify=False)
 
 
