@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from logging import getLogger
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from transformers import enable_full_determinism, set_seed
@@ -27,16 +25,16 @@ from qdora.callbacks import StopWhenAsked
 from qdora.checkpoint import load_adapter
 from qdora.config import AdapterConfig
 from qdora.corpus import Corpus, load_corpus
+from qdora.course import run_training
 from qdora.curves import loss_series
 from qdora.distributed import bar, is_main, processes, say
-from qdora.errors import CheckpointError, ConfigError, NumericsError, QDoRAError, out_of_memory, reason
-from qdora.exhausted import Headroom, end_for_memory, memory_explained
+from qdora.errors import CheckpointError, NumericsError
+from qdora.exhausted import Headroom, memory_explained
 from qdora.flags import RunArguments
 from qdora.groups import freeze_part
 from qdora.holding import linears_to_hold
 from qdora.hub import take_destination
 from qdora.inject import hold_outputs
-from qdora.kept import way_back
 from qdora.listeners import outlasting_listeners
 from qdora.lock import locked
 from qdora.model import load_model, trainable_parameters
@@ -49,13 +47,11 @@ from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
 from qdora.resume import RecordKeeper, Start, begin_record, finish_record, start
 from qdora.sharding import Sharding, take_sharding
-from qdora.signals import Stopped, StopRequest
+from qdora.signals import StopRequest
 from qdora.together import check_sharded
 from qdora.tokenizer import check_ids, load_tokenizer, use_template
 
 __all__ = ["TrainReport", "train", "train_from_arguments"]
-
-_OLD_INTERVALS = "do not match the ones in the `trainer_state.json`"  # those that are asked for now are used
 
 
 @dataclass
@@ -164,7 +160,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
         with writing(output_dir):
             begin_record(beginning, output_dir)
     with request:
-        _run(trainer, beginning, headroom)
+        run_training(trainer, beginning, headroom)
     report = _finish(trainer, run, corpus, output_dir)
     if is_main():
         with writing(output_dir):
@@ -279,61 +275,6 @@ def _places(training: Any, sharding: Sharding | None) -> str:
         return str(training.device)
     how = "each with the whole model" if sharding is None else "the model sharded over them (FSDP2)"
     return f"{processes()} processes ({training.device.type}), {how}"
-
-
-@contextmanager
-def _without(words: str) -> Iterator[None]:
-    """Within it transformers does not say this, which is not true here."""
-
-    def is_other(record: Any) -> bool:
-        return words not in record.getMessage()
-
-    logger = getLogger("transformers.trainer_utils")
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
-
-
-def _run(trainer: Any, beginning: Start, headroom: Headroom) -> None:
-    if beginning.trained:
-        trainer.stand_at(beginning.checkpoint)
-        return
-    trainer.measures_anew = beginning.measures_anew and not beginning.same
-    if beginning.same:
-        trainer.args.eval_on_start = False  # it was measured, and early stopping would count it twice
-    if trainer.measures_anew and trainer.args.load_best_model_at_end:
-        say(f"{beginning.checkpoint} was measured otherwise; the best is chosen from here on")
-    # How patient early stopping still is, for one: without that a resumed run might end at another step.
-    trainer.args.restore_callback_states_from_checkpoint |= beginning.same
-    try:
-        with _without(_OLD_INTERVALS):
-            trainer.train(resume_from_checkpoint=beginning.checkpoint)
-    except Stopped:
-        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # the bar, the trackers
-        raise
-    except NumericsError as error:
-        raise NumericsError(f"{error}; {way_back(Path(trainer.args.output_dir))}") from None
-    except UnpicklingError:
-        # torch reads a trainer's state with `weights_only`, and refuses whatever would run code
-        raise CheckpointError(
-            f"{beginning.checkpoint} holds what no trainer leaves there, and what might run code; do not resume from it"
-        ) from None
-    except (ValueError, ImportError) as error:
-        # what the trainer finds wrong only when it makes the optimizer, the schedule or the batches
-        raise ConfigError(
-            f"training stopped after {trainer.state.global_step} steps: {reason(error)}; check the flags"
-        ) from error
-    except TypeError as error:
-        if trainer.state.global_step not in (0, beginning.step):
-            raise
-        # a schedule or an optimizer lacks a setting, or has one too many
-        raise ConfigError(f"training did not start: {reason(error)}; check the flags") from error
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise QDoRAError(end_for_memory(trainer, error, headroom)) from None
 
 
 def _finish(trainer: Any, run: RunArguments, corpus: Corpus, output_dir: Path) -> TrainReport:
