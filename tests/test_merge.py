@@ -17,7 +17,6 @@ import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError, NumericsError
 from qdora.adapterfile import read_adapter
 from qdora.config import ends_in
-from qdora.distributed import bar
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
 from qdora.tokenizer import template_beside, tokenizer_of
@@ -338,14 +337,6 @@ def merge_wrongly(base: Path, adapter: Path, out: Path) -> None:
         qdora.merge(base, adapter, out)
 
 
-def test_the_bar_says_what_it_counts_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(bar("merge", "tensors")(["a", "b"])) == ["a", "b"]
-    shown = capsys.readouterr().err
-    assert shown.startswith("\rmerge:   0%")
-    assert "? tensors/s]" in shown
-    assert "\n" not in shown
-
-
 def test_the_template_that_was_learned_goes_along(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     adapter, tokenizer = tmp_path / "adapter", make_tokenizer()
     shutil.copytree(tiny_adapter, adapter)
@@ -393,6 +384,8 @@ def test_a_tokenizer_with_other_tokens_goes_along(
     base, adapter = shutil.copytree(tiny_nf4, tmp_path / "base"), shutil.copytree(tiny_adapter, tmp_path / "adapter")
     (base / "vocab.txt").write_text("of the base")
     tokenizer = make_tokenizer()
+    usual = tokenizer.eos_token_id
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": usual}))
     if change == "tokens":
         tokenizer.add_tokens(["<think>"], special_tokens=True)
     elif change == "end":
@@ -407,6 +400,8 @@ def test_a_tokenizer_with_other_tokens_goes_along(
     assert whose == "the adapter"
     assert merged("1<think>2").input_ids == used("1<think>2").input_ids
     assert merged.eos_token == used.eos_token
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == (usual if used.eos_token_id == usual else [used.eos_token_id, usual])
     assert (tmp_path / "out" / "vocab.txt").exists() == (change == "nothing")
     # Without a template it is not what chat uses, and stays behind.
     (adapter / "chat_template.jinja").unlink()

@@ -128,7 +128,7 @@ def merge(
                 source, adapter, directory, load_in_4bit=packed or through_nf4, trust_remote_code=trust_remote_code
             )
             report.comparison.check(out)
-        _write_record(directory, report, base, adapter, known)
+        _write_record(directory, report, base, adapter, file.own_hash(), known)
     return report
 
 
@@ -217,20 +217,36 @@ def _take_tokenizer_along(adapter: str | Path, directory: Path, trust_remote_cod
             (directory / name).unlink(missing_ok=True)  # beside the adapter's it would say something else
             if (Path(adapter) / name).is_file():
                 shutil.copyfile(Path(adapter) / name, directory / name)
+        _also_end_at(load_tokenizer(directory, trust_remote_code).eos_token_id, directory / "generation_config.json")
     (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     (directory / "chat_template.json").unlink(missing_ok=True)  # as earlier releases of transformers wrote it
     shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
     _forget_template(directory / SETTINGS_FILE)
 
 
+def _also_end_at(token: int | None, config_file: Path) -> None:
+    """Let generation end at the tokenizer's own end too."""
+    config = _read_object(config_file)
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if token is not None and ends and token not in ends:
+        write_json(config_file, {**config, "eos_token_id": [token, *ends]})
+
+
 def _forget_template(settings_file: Path) -> None:
     """Take the template out of a tokenizer's settings, where llama.cpp's converter prefers it to the file."""
-    try:
-        settings = json.loads(settings_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return  # no tokenizer that anybody can read
-    if isinstance(settings, dict) and settings.pop("chat_template", None) is not None:
+    settings = _read_object(settings_file)
+    if settings.pop("chat_template", None) is not None:
         write_json(settings_file, settings)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing if there is none that anybody can read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _brings_other_tokens(adapter: str | Path, directory: Path, trust_remote_code: bool) -> bool:
@@ -245,11 +261,13 @@ def _brings_other_tokens(adapter: str | Path, directory: Path, trust_remote_code
         return True
 
 
-def _write_record(directory: Path, report: MergeReport, base: str | Path, adapter: str | Path, known: Kinship) -> None:
+def _write_record(
+    directory: Path, report: MergeReport, base: str | Path, adapter: str | Path, adapter_hash: str, known: Kinship
+) -> None:
     record = {
         "base_model": str(base),
         "adapter": str(adapter),
-        "adapter_sha256": read_adapter(adapter).own_hash(),
+        "adapter_sha256": adapter_hash,
         "merged_onto": report.base,
         "right_base": known.right,
         "base_is": known.text,
