@@ -83,6 +83,14 @@ def test_a_model_that_is_called_by_a_number(tmp_path: Path, pairs_file: Path, mo
     assert yaml.safe_load(Path(report.path).read_text())["model_name_or_path"] == "135"
 
 
+def test_what_is_read_is_not_written_over(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(pairs_file.read_bytes())
+    with pytest.raises(ConfigError, match=r"data\.jsonl is what the run reads; name another file with --out"):
+        qdora.init(tiny_nf4, data, out=data, overwrite=True)
+    assert data.read_bytes() == pairs_file.read_bytes()
+
+
 def test_a_directory_is_no_file_to_write(tmp_path: Path) -> None:
     for overwrite in (True, False):
         with pytest.raises(
