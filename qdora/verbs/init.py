@@ -87,7 +87,8 @@ def init(
     path = Path(out)
     if path.is_dir():
         raise ConfigError(f"{path} is a directory; name the file to write with --out, such as {path / 'qdora.yaml'}")
-    if any(path.resolve() == Path(file).resolve() for file in filter(None, (dataset, chat_template_path))):
+    read = [Path(file).resolve() for file in (dataset, chat_template_path) if file is not None]
+    if path.resolve() in read:
         raise ConfigError(f"{path} is what the run reads; name another file with --out")
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} is there already; name another file with --out, or pass --overwrite")
