@@ -32,6 +32,7 @@ __all__ = ["adapter_config", "all_flags", "flag_parser", "flags_of", "parse_esti
 _MOST_VALUES = 10_000
 # Flags of ours that may name a path.
 _PLACES = ("model_name_or_path", "dataset", "eval_dataset", "original_model_name_or_path")
+_MERGED = "tag:yaml.org,2002:merge"
 _NOT_STARTED = ("--dataset", "none", "--output_dir", "none")
 
 
@@ -118,9 +119,10 @@ def _too_many(word: str, flags: Sequence[str]) -> str:
 
 def _expand_home(run: RunArguments, training: Any) -> None:
     """`~` in a config, which no shell has seen."""
-    for arguments, name in (*((run, name) for name in _PLACES), (training, "chat_template_path")):
-        if value := getattr(arguments, name):
-            setattr(arguments, name, expanduser(value))
+    for arguments, names in ((run, _PLACES), (training, ("chat_template_path", "resume_from_checkpoint"))):
+        for name in names:
+            if value := getattr(arguments, name):
+                setattr(arguments, name, expanduser(value))
 
 
 def _evaluation_defaults(flags: Sequence[str], logging_steps: float) -> dict[str, Any]:
@@ -259,12 +261,18 @@ def all_flags(verb: str) -> str:
 class _OnceLoader(yaml.SafeLoader):
     """YAML takes the last of two equal keys in silence; this one takes neither."""
 
+    _depth = 0
+
     def compose_mapping_node(self, anchor: Any) -> Any:
+        self._depth += 1
         node = super().compose_mapping_node(anchor)
+        self._depth -= 1
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                name, line = key.value.replace("-", "_"), key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGED:
+                # Flags may be spelled in two ways.
+                name = key.value.replace("-", "_") if self._depth == 0 else key.value
+                line = key.start_mark.line + 1
                 if name in lines:
                     raise yaml.YAMLError(f"{shown(name)} is set in line {lines[name]} and in line {line}; keep one")
                 lines[name] = line

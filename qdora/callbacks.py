@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qdora.kept import checkpoint_of
 from qdora.numerics import FiniteGuard
@@ -107,12 +109,21 @@ class EndAtTheFirstAdapter(TrainerCallback):
     """Lets the backward end where the first gradient is wanted, once the trainer has enabled gradient checkpointing.
 
     With that transformers asks for the gradient of what the embedding returns, so that frozen layers below the first
-    adapter are computed again and gone through in vain. Only reentrant checkpointing needs it.
+    adapter are computed again and gone through in vain. Only reentrant checkpointing needs it, which some models of
+    strangers do by themselves, whatever was asked for.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if layers and not any(map(_is_reentrant, layers)):
             model.disable_input_require_grads()
+
+
+def _is_reentrant(layer: GradientCheckpointingLayer) -> bool:
+    """Whether a layer may be recomputed so: unless it has been given what does otherwise."""
+    how: Any = getattr(layer, "_gradient_checkpointing_func", None)
+    plain = isinstance(how, partial) and how.keywords.get("use_reentrant") is False
+    return not (plain or isinstance(how, HostInputs))
 
 
 class KeepInputsOnHost(TrainerCallback):

@@ -260,7 +260,7 @@ def _known_ancestry(model: nn.Module) -> Ancestry:
         value = getattr(model, f"qdora_base_{name}", None)
         return value if isinstance(value, str) else None
 
-    return Ancestry(known("hash"), known("source"), known("merged"))
+    return Ancestry(known("hash"), known("source"), getattr(model, "qdora_base_merged", ()))
 
 
 def _answers(layer: DoRALinear) -> tuple[float, ...] | None:

@@ -54,8 +54,8 @@ class Ancestry:
 
     hash: str | None = None
     source: str | None = None
-    merged: str | None = None
-    """Hash of the adapter's file that was merged into these weights."""
+    merged: tuple[str, ...] = ()
+    """Hashes of the adapters' files that were merged into these weights."""
     probe: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By the path of a linear, its answers; of an adapter's base only."""
 
@@ -79,8 +79,9 @@ def ancestry_of(directory: Path, reader: ShardReader) -> Ancestry:
     """That of a model's directory."""
     own, record = fingerprint(reader), _read_record(directory / QUANTIZE_RECORD)
     source = record.get("source_hash") if record.get("hash") == own else None
-    merged = _read_record(directory / MERGE_RECORD).get("adapter_sha256")
-    return Ancestry(own, source if isinstance(source, str) else None, merged if isinstance(merged, str) else None)
+    merged = record.get("merged") if record.get("hash") == own else _read_record(directory / MERGE_RECORD).get("merged")
+    hashes = (entry for entry in merged if isinstance(entry, str)) if isinstance(merged, list) else ()
+    return Ancestry(own, source if isinstance(source, str) else None, tuple(hashes))
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def kinship(
         answers: of the base's linear at a path; None if it cannot be asked.
         own_hash: that of the adapter's file.
     """
-    if found.merged is not None and found.merged == own_hash():
+    if found.merged and own_hash() in found.merged:
         return Kinship(False, "it is merged into these weights already")
     given = {path: answers(path) for path in trained.probe}
     distances = {path: _distance(trained.probe[path], answer) for path, answer in given.items() if answer is not None}

@@ -6,6 +6,7 @@ whichever `print` comes next, in the middle of a step or of a checkpoint. Here i
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ class _Outlasting:
 
     def __init__(self, stream: Any, name: str, other: Any) -> None:
         self._stream, self._name, self._other = stream, name, other
-        self._lost = False
+        self.lost = False
 
     def write(self, text: str) -> int:
         self._try(self._stream.write, text)
@@ -29,15 +30,20 @@ class _Outlasting:
         self._try(self._stream.flush)
 
     def _try(self, act: Any, *arguments: Any) -> None:
-        if self._lost:
+        if self.lost:
             return
         try:
             act(*arguments)
         except OSError as error:
-            self._lost = True
+            self.lost = True
             said = f"qdora: {self._name} takes nothing any more ({error.strerror}); the training goes on"
             with suppress(OSError):
                 print(said, file=self._other, flush=True)
+
+    def close_for_good(self) -> None:
+        """Let the stream's descriptor lead nowhere, for whoever writes to it next."""
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -45,7 +51,8 @@ class _Outlasting:
 
 @contextmanager
 def outlasting_listeners() -> Iterator[None]:
-    """Within it, standard output and standard error may be lost without harm."""
+    """Within it, standard output and standard error may be lost without harm. What was lost goes nowhere afterwards
+    too, so that a training that succeeded ends as one."""
     before = sys.stdout, sys.stderr
     out, err = before
     if out is not None:
@@ -55,4 +62,7 @@ def outlasting_listeners() -> Iterator[None]:
     try:
         yield
     finally:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, _Outlasting) and stream.lost:
+                stream.close_for_good()
         sys.stdout, sys.stderr = before

@@ -134,8 +134,8 @@ class MemoryModel:
             own = segment.peak - inputs[0] * kept - sum(trace.gradient_bytes[below[0] + 1 :]) - beside
             waiting = max(inputs[1] - 2, 0) if plan.activation_offloading else 0
             made = sum(gradients[below[1] + 1 :]) + beside
-            if plan.accumulation > 1:  # those of an earlier micro-batch; what the layer itself makes is its own
-                made = self._all_gradients - (gradients[below[1]] if below[1] < layers else 0)
+            if plan.accumulation > 1:  # those of an earlier micro-batch
+                made = self._all_gradients
             return _Moment(when, what, own, inputs[1] * kept - waiting * (kept - held), made)
 
         last, whole = traced - 1, layers - 1

@@ -92,7 +92,7 @@ def check_file(file: str | Path, flag: str, facts: Iterable[str] = ()) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         what = "it is a directory" if path.is_dir() else f"it is in {path.parent}, which is no directory"
         raise ConfigError(f"cannot write {file}: {what}; choose another {flag}")
-    if path.exists() and not (path.is_file() and _holds(path, facts)):
+    if path.exists() and not (path.is_file() and (path.stat().st_size == 0 or _holds(path, facts))):
         raise ConfigError(f"{file} is there already, and is no earlier one of its kind; choose another {flag}")
     try:
         with tempfile.TemporaryFile(dir=path.parent):

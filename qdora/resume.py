@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ _MEASURED_BY = (
     *("eval_dataset", "eval_dataset_sha256", "eval_dataset_split", "eval_dataset_config", "eval_exact_match"),
     *("validation_split_percentage", "max_length", "completion_only_loss", "chat_template_path", "base_hash"),
 )
+# What tells apart which parameters an optimizer has in which groups.
+_GROUPED_BY: dict[str, Callable[[Any], Any]] = {"freeze": str, "loraplus_lr_ratio": lambda ratio: ratio == 1}
 _ROWS_KEPT_BACK_BY = ("dataset", "dataset_sha256", "dataset_split", "dataset_config", "seed")
 
 
@@ -206,6 +209,14 @@ def _check_optimizer(checkpoint: Path, settings: dict[str, Any]) -> None:
             f"{checkpoint} holds the state of --optim {there}, which is of no use to {here}; keep {there}, or remove "
             f"optimizer.pt from it to go on with a fresh state"
         )
+    for name, parts in _GROUPED_BY.items():
+        if name in record["settings"] and (checkpoint / OPTIMIZER_FILE).is_file():
+            there, here = record["settings"][name], settings[name]
+            if parts(there) != parts(here):
+                raise ConfigError(
+                    f"{checkpoint} holds the optimizer's state of --{name} {there}, which is of no use to {here}; keep "
+                    f"{there}, or remove optimizer.pt from it to go on with a fresh state"
+                )
 
 
 def _check_steps(beginning: Start, max_steps: int) -> None:

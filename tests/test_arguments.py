@@ -105,6 +105,17 @@ def test_bad_config_files(text: str, message: str, tmp_path: Path) -> None:
     assert message in str(caught.value)
 
 
+def test_settings_of_a_setting_and_merged_ones_are_yaml_s_own(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "<<: &a {model_name_or_path: m, dataset: d}\n<<: {output_dir: ~/o}\nresume_from_checkpoint: ~/c\n"
+        "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {a-b: 1, a_b: 2}\n"
+    )
+    run, training = parse_train([str(config)])
+    assert (run.model_name_or_path, training.lr_scheduler_kwargs) == ("m", {"a-b": 1, "a_b": 2})
+    assert training.resume_from_checkpoint == str(Path("~/c").expanduser())
+
+
 def test_what_yaml_reads_as_false(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\nsave_strategy: no\neval_strategy: no\n")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainerState
 
 import qdora.verbs.train
-from qdora.callbacks import StopWhenAsked, TellWhereItBegins
+from qdora.callbacks import EndAtTheFirstAdapter, StopWhenAsked, TellWhereItBegins
 from qdora.numerics import FiniteGuard
+from qdora.offload import HostInputs
 from qdora.signals import Stopped, StopRequest
 from tests.test_train import quick
 from tests.test_trainer import log_of
@@ -59,6 +63,29 @@ def test_the_backward_ends_at_the_first_adapter(
     assert any(wanted) == bool(reentrant)
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     assert all(value.count_nonzero() for name, value in adapter.items() if "lora_B" in name)
+
+
+def test_layers_that_are_recomputed_in_a_way_of_their_own_keep_the_gradient(tiny: Path) -> None:
+    """Code of strangers may checkpoint reentrantly, whatever it was asked for; and a model may have no such layers."""
+    model = qdora.load_model(tiny)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def asks() -> bool:
+        model.disable_input_require_grads()
+        model.enable_input_require_grads()
+        EndAtTheFirstAdapter().on_train_begin(ARGS, None, None, model=model)
+        return bool(model.get_input_embeddings()(torch.tensor([1])).requires_grad)
+
+    layer, plain = model.model.layers[1], model.model.layers[1]._gradient_checkpointing_func
+    assert not asks()
+    for other in (partial(checkpoint, use_reentrant=True), checkpoint, None):
+        layer._gradient_checkpointing_func = other
+        assert asks()
+    layer._gradient_checkpointing_func = HostInputs(torch.device("cpu"))
+    assert not asks()
+    layer._gradient_checkpointing_func = plain
+    model.model.layers = torch.nn.ModuleList()
+    assert asks()
 
 
 def test_a_run_that_is_asked_to_stop_saves_first() -> None:

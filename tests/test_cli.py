@@ -123,7 +123,7 @@ MISTAKES = [
     ("evaluate nf4 --adapter model --dataset good.jsonl", "model is not an adapter"),
     ("evaluate nf4 --merged nf4 --dataset good.jsonl", "is in NF4, so it is no merged model"),
     ("evaluate nf4 --dataset good.jsonl --output_file absent/f.json", "cannot write absent/f.json"),
-    ("evaluate nf4 --dataset good.jsonl --output_file good.jsonl", "good.jsonl is what the run reads; name another"),
+    ("evaluate nf4 --dataset good.jsonl --output_file good.jsonl", "good.jsonl is there already"),
     ("evaluate nf4 --dataset good.jsonl --output_file nf4/config.json", "nf4/config.json is there already"),
     ("inspect adapter --output_file adapter/adapter_model.safetensors", "is there already, and is no earlier one"),
     ("inspect adapter --output_file adapter/adapter_config.json", "is there already, and is no earlier one"),

@@ -197,6 +197,12 @@ def test_an_adapter_is_not_applied_to_what_it_is_merged_into(place: Path, tmp_pa
         qdora.merge(tmp_path / "merged", place / "on-nf4", tmp_path / "twice", verify=False)
     with pytest.raises(CheckpointError, match="it is merged into these weights already"):
         qdora.load_model(tmp_path / "merged", place / "on-nf4", load_in_4bit=False)
+    qdora.quantize(tmp_path / "merged", tmp_path / "merged-nf4")
+    with pytest.raises(CheckpointError, match="it is merged into these weights already"):
+        qdora.load_model(tmp_path / "merged-nf4", place / "on-nf4")
+    qdora.merge(tmp_path / "merged", place / "on-dense", tmp_path / "both", verify=False, allow_other_base=True)
+    with pytest.raises(CheckpointError, match="it is merged into these weights already"):
+        qdora.load_model(tmp_path / "both", place / "on-nf4", load_in_4bit=False)
     (tmp_path / "merged" / "qdora_merge.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"the weights of .* are others"):
         qdora.merge(tmp_path / "merged", place / "on-nf4", tmp_path / "twice", verify=False)

@@ -71,5 +71,6 @@ def test_a_reader_that_leaves(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) 
         process.stdout.close()
         assert process.stderr is not None
         said = process.stderr.read()
+        assert process.wait() == 0
     assert "standard output takes nothing any more (Broken pipe); the training goes on" in said
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

@@ -267,7 +267,8 @@ def test_a_file_is_replaced_only_by_its_kind(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=f"{name} is there already, and is no earlier one .* another --figures"):
             check_file(tmp_path / name, "--figures", ["a", "b"])
     (tmp_path / "earlier.json").write_text('{"a": 1, "b": 2, "c": 3}')
-    for name in ("earlier.json", "new.json"):
+    (tmp_path / "empty.json").touch()  # as `mktemp` leaves it
+    for name in ("earlier.json", "new.json", "empty.json"):
         assert check_file(tmp_path / name, "--figures", ["a", "b"]) == tmp_path / name
     assert check_file(tmp_path / "data.jsonl", "--picture") == tmp_path / "data.jsonl"
     with pytest.raises(ConfigError, match="null is there already"):

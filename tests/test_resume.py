@@ -173,6 +173,16 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
     assert digests(out) == before
 
 
+@pytest.mark.parametrize(("flag", "value"), [("freeze", "magnitude"), ("loraplus_lr_ratio", 4.0)])
+def test_so_does_another_grouping_of_the_optimizer(
+    flag: str, value: Any, out: Path, tiny_nf4: Path, pairs_file: Path
+) -> None:
+    before = digests(out)
+    with pytest.raises(ConfigError, match=rf"checkpoint-4 holds the optimizer's state of --{flag} .*; keep "):
+        quick(tiny_nf4, pairs_file, out, **FLAGS, resume_from_checkpoint="checkpoint-4", **{flag: value})
+    assert digests(out) == before
+
+
 def test_a_checkpoint_is_found_by_its_name(out: Path, tiny_nf4: Path, pairs_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing to resume: checkpoint-5 is not a trainer's checkpoint; name one"):
         quick(tiny_nf4, pairs_file, out, **FLAGS, resume_from_checkpoint="checkpoint-5")
@@ -443,6 +453,7 @@ def test_another_optimizer_or_other_parts(out: Path, tiny_nf4: Path, pairs_file:
     last = {**FLAGS, "resume_from_checkpoint": str(out / "checkpoint-4")}
     with pytest.raises(ConfigError, match=r"holds the state of --optim \w+, which is of no use to adafactor; keep"):
         quick(tiny_nf4, pairs_file, out, **last, optim="adafactor")
+    (out / "qdora_train.json").unlink()  # nobody says how it was trained
     with pytest.raises(
         ConfigError, match=r"trained otherwise, .* groups of \[28, 14\] parameters, and there are \[28\]; keep"
     ):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from qdora.baseweights import StoredBase
 from qdora.distributed import bar
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError
-from qdora.kinship import MERGE_RECORD, Kinship
+from qdora.kinship import MERGE_RECORD, Kinship, ancestry_of
 from qdora.output import TEMPLATES, check_output, new_directory, write_json
 from qdora.shards import ShardWriter, format_bytes, parse_size
 from qdora.sources import copy_side_files, local_model
@@ -128,7 +129,8 @@ def merge(
                 source, adapter, directory, load_in_4bit=packed or through_nf4, trust_remote_code=trust_remote_code
             )
             report.comparison.check(out)
-        _write_record(directory, report, base, adapter, file.own_hash(), known)
+        merged = (*ancestry_of(source, stored.reader).merged, file.own_hash())
+        _write_record(directory, report, base, adapter, merged, known)
     return report
 
 
@@ -262,12 +264,12 @@ def _brings_other_tokens(adapter: str | Path, directory: Path, trust_remote_code
 
 
 def _write_record(
-    directory: Path, report: MergeReport, base: str | Path, adapter: str | Path, adapter_hash: str, known: Kinship
+    directory: Path, report: MergeReport, base: str | Path, adapter: str | Path, hashes: Sequence[str], known: Kinship
 ) -> None:
     record = {
         "base_model": str(base),
         "adapter": str(adapter),
-        "adapter_sha256": adapter_hash,
+        "merged": list(hashes),
         "merged_onto": report.base,
         "right_base": known.right,
         "base_is": known.text,

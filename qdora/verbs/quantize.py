@@ -22,7 +22,7 @@ from qdora.architecture import Linears, is_nf4_checkpoint, model_linears
 from qdora.arithmetic import compute_dtype, in_sixteen_bits, pick_device
 from qdora.errors import CheckpointError, NumericsError
 from qdora.experts import STACKS
-from qdora.kinship import QUANTIZE_RECORD
+from qdora.kinship import QUANTIZE_RECORD, ancestry_of
 from qdora.loader import nf4_config
 from qdora.nf4 import NF4Weight
 from qdora.nf4format import LARGEST_SCALE, quantize_nf4
@@ -239,5 +239,6 @@ def _write_record(directory: Path, model: str | Path, reader: ShardReader) -> No
         "model": str(model),
         "source_hash": fingerprint(reader),
         "hash": fingerprint(ShardReader(directory)),
+        "merged": list(ancestry_of(reader.directory, reader).merged),
     }
     write_json(directory / QUANTIZE_RECORD, record)
