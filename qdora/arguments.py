@@ -13,15 +13,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from os.path import expanduser
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 
 from qdora.config import ALL_LINEAR, AdapterConfig
-from qdora.errors import ConfigError, reason, shown
+from qdora.configfile import read_config
+from qdora.errors import ConfigError
 from qdora.flags import DEFAULTS, OTHER_NAMES, RunArguments
 from qdora.groups import Rates
 from qdora.nearest import did_you_mean, nearest, spelled
@@ -29,10 +28,8 @@ from qdora.together import check_evaluation, check_together
 
 __all__ = ["adapter_config", "all_flags", "flag_parser", "flags_of", "parse_estimate", "parse_train", "rates"]
 
-_MOST_VALUES = 10_000
 # Flags of ours that may name a path.
 _PLACES = ("model_name_or_path", "dataset", "eval_dataset", "original_model_name_or_path")
-_MERGED = "tag:yaml.org,2002:merge"
 _NOT_STARTED = ("--dataset", "none", "--output_dir", "none")
 
 
@@ -57,7 +54,7 @@ def _parse(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
     flags = list(arguments)
     _check_config_is_first(flags, parser)
     if flags and not flags[0].startswith("-"):
-        flags = flags_of(_read_yaml(flags[0])) + flags[1:]
+        flags = flags_of(read_config(flags[0])) + flags[1:]
     known = {name.lstrip("-") for action in parser._actions for name in action.option_strings}
     for flag in flags:
         name = flag[2:].partition("=")[0].replace("-", "_")
@@ -256,55 +253,6 @@ def all_flags(verb: str) -> str:
     parser = flag_parser(verb)
     parser.usage = f"qdora {verb} {first} [--flag value ...]"
     return parser.format_help().rstrip()
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """YAML takes the last of two equal keys in silence; this one takes neither."""
-
-    _depth = 0
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        self._depth += 1
-        node = super().compose_mapping_node(anchor)
-        self._depth -= 1
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGED:
-                # Flags may be spelled in two ways.
-                name = key.value.replace("-", "_") if self._depth == 0 else key.value
-                line = key.start_mark.line + 1
-                if name in lines:
-                    raise yaml.YAMLError(f"{shown(name)} is set in line {lines[name]} and in line {line}; keep one")
-                lines[name] = line
-        return node
-
-
-def _read_yaml(name: str) -> Mapping[str, Any]:
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"no config file at {path}; write its settings there, or give flags alone")
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; let it be read, or name another") from None
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {reason(error)}") from None
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"{path} must hold settings such as `learning_rate: 2e-4`, one a line")
-    if not _is_small(settings):
-        raise ConfigError(f"{path} holds more than {_MOST_VALUES:,} values, or a value within itself; it is no config")
-    return settings
-
-
-def _is_small(settings: Mapping[Any, Any]) -> bool:
-    """Written out, that is: YAML's aliases let a few lines stand for billions, and for endless ones."""
-    waiting: list[Any] = [settings]
-    for _ in range(_MOST_VALUES):
-        if not waiting:
-            return True
-        value = waiting.pop()
-        waiting += value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return not waiting
 
 
 def _plain(value: Any) -> str:

@@ -31,6 +31,7 @@ import torch
 from qdora.base import BaseWeight
 from qdora.distributed import say_once
 from qdora.errors import CheckpointError
+from qdora.output import read_object
 from qdora.shards import ShardReader, fingerprint
 
 __all__ = [
@@ -77,19 +78,11 @@ class Ancestry:
 
 def ancestry_of(directory: Path, reader: ShardReader) -> Ancestry:
     """That of a model's directory."""
-    own, record = fingerprint(reader), _read_record(directory / QUANTIZE_RECORD)
+    own, record = fingerprint(reader), read_object(directory / QUANTIZE_RECORD)
     source = record.get("source_hash") if record.get("hash") == own else None
-    merged = record.get("merged") if record.get("hash") == own else _read_record(directory / MERGE_RECORD).get("merged")
+    merged = record.get("merged") if record.get("hash") == own else read_object(directory / MERGE_RECORD).get("merged")
     hashes = (entry for entry in merged if isinstance(entry, str)) if isinstance(merged, list) else ()
     return Ancestry(own, source if isinstance(source, str) else None, tuple(hashes))
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ __all__ = [
     "flush",
     "new_directory",
     "put_in_place",
+    "read_object",
     "replace_bytes",
     "replace_text",
     "save_tensors",
@@ -102,6 +103,15 @@ def check_file(file: str | Path, flag: str, facts: Iterable[str] = ()) -> Path:
     return path
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """What a JSON file holds by names; nothing if there is none that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _is_model(path: Path) -> bool:
     return _holds(path / "config.json", ["model_type"])
 
@@ -109,11 +119,7 @@ def _is_model(path: Path) -> bool:
 def _holds(path: Path, names: Iterable[str]) -> bool:
     """Whether a JSON file holds an object with all these names; of no names, whatever it is."""
     wanted = set(names)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if wanted else {}
-        return isinstance(content, dict) and wanted <= content.keys()
-    except (OSError, ValueError, RecursionError):
-        return False
+    return not wanted or wanted <= read_object(path).keys()
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from qdora.distributed import bar
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError
 from qdora.kinship import MERGE_RECORD, Kinship, ancestry_of
-from qdora.output import TEMPLATES, check_output, new_directory, write_json
+from qdora.output import TEMPLATES, check_output, new_directory, read_object, write_json
 from qdora.shards import ShardWriter, format_bytes, parse_size
 from qdora.sources import copy_side_files, local_model
 from qdora.tokenizer import (
@@ -228,7 +228,7 @@ def _take_tokenizer_along(adapter: str | Path, directory: Path, trust_remote_cod
 
 def _also_end_at(token: int | None, config_file: Path) -> None:
     """Let generation end at the tokenizer's own end too."""
-    config = _read_object(config_file)
+    config = read_object(config_file)
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if token is not None and ends and token not in ends:
@@ -237,18 +237,9 @@ def _also_end_at(token: int | None, config_file: Path) -> None:
 
 def _forget_template(settings_file: Path) -> None:
     """Take the template out of a tokenizer's settings, where llama.cpp's converter prefers it to the file."""
-    settings = _read_object(settings_file)
+    settings = read_object(settings_file)
     if settings.pop("chat_template", None) is not None:
         write_json(settings_file, settings)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing if there is none that anybody can read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _brings_other_tokens(adapter: str | Path, directory: Path, trust_remote_code: bool) -> bool:
