@@ -19,10 +19,11 @@ from qdora.signals import Stopped, StopRequest, ending_cleanly
 @pytest.fixture
 def defaults() -> Iterator[None]:
     """The handlers of a process that has just started."""
-    before = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    numbers = (signal.SIGTERM, signal.SIGHUP)  # `nohup` has the second one ignored
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("defaults")
