@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from qdora.adapterfile import CONFIG_FILE, WEIGHTS_FILE
 from qdora.distributed import is_main
 from qdora.errors import ConfigError, QDoRAError, reason
+from qdora.output import TEMPLATE_FILE, TEMPLATES, TOKENIZER_FILES
 
 __all__ = ["Destination", "take_destination"]
 
@@ -22,9 +23,7 @@ __all__ = ["Destination", "take_destination"]
 # and names places on this machine.
 _GOES_UP = [
     *(CONFIG_FILE, WEIGHTS_FILE, "README.md", "loss.png", "log.csv"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("additional_chat_templates/*.jinja", "vocab.json", "vocab.txt", "merges.txt"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *(*TOKENIZER_FILES, TEMPLATE_FILE, f"{TEMPLATES}/*.jinja"),
 ]
 
 

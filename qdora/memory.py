@@ -160,7 +160,7 @@ class MemoryModel:
     @cached_property
     def _untrained(self) -> int:
         """How many of the first layers no gradient goes through: they keep nothing and hold none."""
-        return 0 if trained_bytes(self._model.get_input_embeddings()) else first_trained(self._layers)
+        return first_trained(self._model)
 
     @cached_property
     def _gradients(self) -> list[int]:

@@ -26,7 +26,10 @@ from qdora.errors import ConfigError, OutputError, QDoRAError, reason
 from qdora.lock import locked
 
 __all__ = [
+    "SETTINGS_FILE",
     "TEMPLATES",
+    "TEMPLATE_FILE",
+    "TOKENIZER_FILES",
     "UNFINISHED",
     "check_file",
     "check_output",
@@ -44,7 +47,14 @@ __all__ = [
 ]
 
 UNFINISHED = ".unfinished"
+TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"
+SETTINGS_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+"""What a tokenizer is stored in besides its template, by the names that transformers gives."""
 # Directories in one that is a model's.
 _A_MODEL_HAS = (TEMPLATES, "__pycache__")
 

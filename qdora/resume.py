@@ -27,7 +27,7 @@ from qdora.distributed import processes, say
 from qdora.errors import CheckpointError, ConfigError
 from qdora.flags import OWN_OPTIMIZERS, RunArguments
 from qdora.kept import OPTIMIZER_FILE, STATE_FILE, checkpoints_in, discard, fault_of, last_checkpoint, state_of, step_of
-from qdora.output import UNFINISHED, write_json, writing
+from qdora.output import UNFINISHED, read_object, write_json, writing
 from qdora.shards import ShardReader, fingerprint
 
 __all__ = [
@@ -202,21 +202,21 @@ def _is_in(checkpoint: Path, output_dir: Path) -> bool:
 
 def _check_optimizer(checkpoint: Path, settings: dict[str, Any]) -> None:
     """The state of one optimizer is none of another's, which would notice it late or never."""
-    record = _read_record(checkpoint.parent) or {"settings": {}}
-    there, here = record["settings"].get("optim"), settings["optim"]
-    if there is not None and _family(there) != _family(here) and (checkpoint / OPTIMIZER_FILE).is_file():
+    if not (checkpoint / OPTIMIZER_FILE).is_file():
+        return
+    begun = (_read_record(checkpoint.parent) or {"settings": {}})["settings"]
+    there, here = begun.get("optim"), settings["optim"]
+    if there is not None and _family(there) != _family(here):
         raise ConfigError(
             f"{checkpoint} holds the state of --optim {there}, which is of no use to {here}; keep {there}, or remove "
             f"optimizer.pt from it to go on with a fresh state"
         )
     for name, parts in _GROUPED_BY.items():
-        if name in record["settings"] and (checkpoint / OPTIMIZER_FILE).is_file():
-            there, here = record["settings"][name], settings[name]
-            if parts(there) != parts(here):
-                raise ConfigError(
-                    f"{checkpoint} holds the optimizer's state of --{name} {there}, which is of no use to {here}; keep "
-                    f"{there}, or remove optimizer.pt from it to go on with a fresh state"
-                )
+        if name in begun and parts(begun[name]) != parts(settings[name]):
+            raise ConfigError(
+                f"{checkpoint} holds the optimizer's state of --{name} {begun[name]}, which is of no use to "
+                f"{settings[name]}; keep {begun[name]}, or remove optimizer.pt from it to go on with a fresh state"
+            )
 
 
 def _check_steps(beginning: Start, max_steps: int) -> None:
@@ -344,9 +344,5 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
 
 
 def _read_record(output_dir: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads((output_dir / _RECORD_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    known = isinstance(record, dict) and isinstance(record.get("settings"), dict) and "finished" in record
-    return record if known else None
+    record = read_object(output_dir / _RECORD_FILE)
+    return record if isinstance(record.get("settings"), dict) and "finished" in record else None

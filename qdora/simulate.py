@@ -96,9 +96,11 @@ def trained_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
 
 
-def first_trained(layers: Sequence[nn.Module]) -> int:
-    """The number of the first layer that trains; 0 if none does."""
-    return next((number for number, layer in enumerate(layers) if trained_bytes(layer)), 0)
+def first_trained(model: Any) -> int:
+    """The number of the first layer that gradients go through: the first that trains, or 0 if the embedding does."""
+    if trained_bytes(model.get_input_embeddings()):
+        return 0
+    return next((number for number, layer in enumerate(decoder_layers(model)) if trained_bytes(layer)), 0)
 
 
 def cut(model: Any) -> None:
@@ -108,8 +110,7 @@ def cut(model: Any) -> None:
     """
     layers = decoder_layers(model)
     ranked = sorted(range(len(layers)), key=lambda number: (trained_bytes(layers[number]) > 0, number))
-    first = 0 if trained_bytes(model.get_input_embeddings()) else first_trained(layers)
-    others = sorted({*ranked[:-_SIMULATED_LAYERS], *range(first)}, reverse=True)
+    others = sorted({*ranked[:-_SIMULATED_LAYERS], *range(first_trained(model))}, reverse=True)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == len(layers) and module[0] is layers[0]:
             for number in others:

@@ -10,12 +10,10 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qdora.errors import CheckpointError, DataError, shown
+from qdora.output import SETTINGS_FILE, TEMPLATE_FILE
 from qdora.sources import local_model, unusable
 
 __all__ = [
-    "SETTINGS_FILE",
-    "TEMPLATE_FILE",
-    "TOKENIZER_FILES",
     "check_ids",
     "kind_of_tokens",
     "load_tokenizer",
@@ -23,14 +21,6 @@ __all__ = [
     "tokenizer_of",
     "use_template",
 ]
-
-TEMPLATE_FILE = "chat_template.jinja"
-SETTINGS_FILE = "tokenizer_config.json"
-TOKENIZER_FILES = (
-    *("tokenizer.json", SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-)
-"""What a tokenizer is stored in besides its template, by the names that transformers gives."""
 
 
 def load_tokenizer(

@@ -30,13 +30,19 @@ from qdora.distributed import bar
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError
 from qdora.kinship import MERGE_RECORD, Kinship, ancestry_of
-from qdora.output import TEMPLATES, check_output, new_directory, read_object, write_json
+from qdora.output import (
+    SETTINGS_FILE,
+    TEMPLATE_FILE,
+    TEMPLATES,
+    TOKENIZER_FILES,
+    check_output,
+    new_directory,
+    read_object,
+    write_json,
+)
 from qdora.shards import ShardWriter, format_bytes, parse_size
 from qdora.sources import copy_side_files, local_model
 from qdora.tokenizer import (
-    SETTINGS_FILE,
-    TEMPLATE_FILE,
-    TOKENIZER_FILES,
     kind_of_tokens,
     load_tokenizer,
     template_beside,
