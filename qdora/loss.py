@@ -5,6 +5,10 @@ positions at a time go through the head; the gradient for the hidden states is m
 only that is kept (the loss is a sum, so its gradient is known up to a factor; the head is frozen, unless it is trained
 whole). That is two matrix products instead of the three that checkpointing the head takes.
 
+Between the products a chunk stays what the head made it, in 16 bits: a few rows at a time become fp32, in which
+probabilities are computed, and the gradient is written over the logits it came from. In fp32 the whole chunk took three
+times the memory and, 341 positions of a vocabulary of 49,152 on 2 CPU cores, 65 ms instead of 26.
+
 The alternative that was measured: TRL's fused head scores every position, prompts and padding too, wherever Triton does
 not run, and computes the entropy as well. SmolLM2-135M, 8 × 256 tokens, 2 CPU cores: 6.5 s of a step of 10.8 s.
 
@@ -20,10 +24,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qdora.workspace import blocks
+
 __all__ = ["CHUNK_BYTES", "IGNORED", "answer_loss", "nll_by_row", "positions_at_once", "summed_by_row", "summed_nll"]
 
 IGNORED = -100
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
 _ROWS_IN_FP32 = 256
 _ROWS_OF_PRODUCT = 4096
 
@@ -37,7 +43,7 @@ def answer_loss(
         hidden: (batch, length, H), the last hidden states.
         weight_VH, bias_V: of the output head.
         labels: (batch, length); position t is scored on labels[t + 1].
-        chunk_bytes: of the fp32 logits that exist at once.
+        chunk_bytes: of the logits that exist at once, in the head's dtype.
     """
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     return summed_nll(hidden[rows, columns], weight_VH, labels[rows, columns + 1], bias_V, chunk_bytes)
@@ -51,8 +57,8 @@ def summed_nll(
 
 
 def positions_at_once(weight_VH: Tensor, chunk_bytes: int) -> int:
-    """How many positions have their fp32 logits in one chunk."""
-    return max(1, chunk_bytes // (4 * weight_VH.shape[0]))
+    """How many positions have their logits in one chunk."""
+    return max(1, chunk_bytes // (weight_VH.element_size() * weight_VH.shape[0]))
 
 
 @torch.no_grad()
@@ -140,28 +146,37 @@ def _chunk_nll(
     dW_VH: Tensor | None = None,
     db_V: Tensor | None = None,
 ) -> Tensor:
-    """−log p(label), (T,), in one chunk of fp32 logits; fills dh_TH and adds to dW_VH and db_V, if they are there.
+    """−log p(label), (T,) fp32, of one chunk; fills dh_TH and adds to dW_VH and db_V, if they are there."""
+    logits_TV = h_TH @ weight_VH.t()
+    trains = not (dh_TH is dW_VH is db_V is None)
+    nll_T = torch.empty(len(h_TH), dtype=torch.float32, device=h_TH.device)
+    for rows in blocks(logits_TV):
+        nll_T[rows] = _block_nll(logits_TV[rows], bias_V, label_T1[rows], trains, db_V)
+    if dh_TH is not None and logits_TV.dtype == weight_VH.dtype == dh_TH.dtype:
+        torch.mm(logits_TV, weight_VH, out=dh_TH)
+    elif dh_TH is not None:
+        dh_TH.copy_(logits_TV @ weight_VH)  # under autocast, which looks at no `out`
+    if dW_VH is not None:
+        _add_product(dW_VH, logits_TV, h_TH)
+    return nll_T
+
+
+def _block_nll(logits_TV: Tensor, bias_V: Tensor | None, label_T1: Tensor, trains: bool, db_V: Tensor | None) -> Tensor:
+    """−log p(label), (T,) fp32; the logits give way to their gradient if something trains, else to nothing of use.
 
     Not `torch.logsumexp`: it holds the exponentials beside the logits.
     """
-    logits = (h_TH @ weight_VH.t()).float()
+    logits = logits_TV.float()  # themselves, if they are in fp32
     if bias_V is not None:
         logits += bias_V
     logits -= logits.amax(dim=1, keepdim=True)
     chosen_T1 = logits.gather(1, label_T1)
     exponentials = logits.exp_()
     sum_T1 = exponentials.sum(dim=1, keepdim=True)
-    nll_T = (sum_T1.log() - chosen_T1)[:, 0]
-    if not (dh_TH is dW_VH is db_V is None):
+    if trains:
         probability = exponentials.div_(sum_T1)
         probability.scatter_add_(1, label_T1, torch.full_like(sum_T1, -1.0))
         if db_V is not None:
             db_V += probability.sum(dim=0)
-        rounded = probability.to(h_TH.dtype)
-        if dh_TH is not None and rounded.dtype == weight_VH.dtype:
-            torch.mm(rounded, weight_VH, out=dh_TH)
-        elif dh_TH is not None:
-            dh_TH.copy_(rounded @ weight_VH)  # under autocast, which looks at no `out`
-        if dW_VH is not None:
-            _add_product(dW_VH, rounded, h_TH)
-    return nll_T
+        logits_TV.copy_(probability)
+    return (sum_T1.log() - chosen_T1)[:, 0]

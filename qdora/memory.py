@@ -120,7 +120,9 @@ class MemoryModel:
         key = (rows, chunk_bytes)
         if key not in self._losses:
             positions = rows * (self._run.length - 1)  # the first token of a row is never predicted
-            self._losses[key] = simulate_loss(self._model.get_output_embeddings(), positions, chunk_bytes)
+            self._losses[key] = simulate_loss(
+                self._model.get_output_embeddings(), positions, chunk_bytes, self._run.workspace
+            )
         return self._losses[key]
 
     def _moments(self, trace: StepTrace, plan: Plan) -> Iterator[_Moment]:

@@ -27,7 +27,7 @@ from qdora.workspace import ACCELERATOR, CPU
 
 __all__ = ["adopt", "asked_plan", "choose", "hollow_of", "memory_model", "unfragmented", "usable_bytes"]
 
-_SMALLER_CHUNKS = (16 * 2**20, 4 * 2**20)
+_SMALLER_CHUNKS = (8 * 2**20, 2 * 2**20)
 # Reckoned, not measured: the driver's context and the libraries' workspaces, and what fragmentation takes.
 _DRIVER_BYTES = 500 * 10**6
 _FRAGMENTED_SHARE = 0.03

@@ -27,7 +27,7 @@ class ScoredModel(nn.Module):
 
     Args:
         model: a transformers model.
-        chunk_bytes: of the fp32 logits that exist at once.
+        chunk_bytes: of the logits that exist at once, in the head's dtype.
     """
 
     def __init__(self, model: Any, chunk_bytes: int = CHUNK_BYTES) -> None:

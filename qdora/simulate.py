@@ -171,7 +171,7 @@ def head_is_plain(model: nn.Module) -> bool:
     return alone.computations == whole.computations
 
 
-def simulate_loss(head: nn.Module, positions: int, chunk_bytes: int) -> int:
+def simulate_loss(head: nn.Module, positions: int, chunk_bytes: int, workspace: Workspace) -> int:
     """The most that the loss over so many positions takes beside the hidden states, in bytes.
 
     Every chunk takes the same, and what lasts longer than one grows evenly with the positions: a few chunks tell of any
@@ -179,19 +179,21 @@ def simulate_loss(head: nn.Module, positions: int, chunk_bytes: int) -> int:
 
     Args:
         head: the output head, on the meta device.
+        workspace: of the device that is reckoned for.
     """
     assert isinstance(head.weight, Tensor)
     step = positions_at_once(head.weight, chunk_bytes)
     if positions <= _LOSS_CHUNKS * step:
-        return _loss_peak(head, positions, chunk_bytes)
-    few, more = (_loss_peak(head, chunks * step, chunk_bytes) for chunks in (_LOSS_CHUNKS - 1, _LOSS_CHUNKS))
+        return _loss_peak(head, positions, chunk_bytes, workspace)
+    counts = [chunks * step for chunks in (_LOSS_CHUNKS - 1, _LOSS_CHUNKS)]
+    few, more = (_loss_peak(head, count, chunk_bytes, workspace) for count in counts)
     return more + (more - few) * (positions - _LOSS_CHUNKS * step) // step
 
 
-def _loss_peak(head: nn.Module, positions: int, chunk_bytes: int) -> int:
+def _loss_peak(head: nn.Module, positions: int, chunk_bytes: int, workspace: Workspace) -> int:
     weight, bias = head.weight, head.bias
     assert isinstance(weight, Tensor)
-    with FakeTensorMode():
+    with FakeTensorMode(), assume(workspace):
         weight_VH = torch.empty(weight.shape, dtype=weight.dtype, requires_grad=weight.requires_grad)
         bias_V = (
             torch.empty(bias.shape, dtype=bias.dtype, requires_grad=bias.requires_grad)
@@ -282,8 +284,9 @@ class _Step:
         hidden = self._model.base_model(**self._inputs()).last_hidden_state
         self._mark()
         head = self._model.get_output_embeddings()
-        # In one chunk: how much chunks take is reckoned apart, by `simulate_loss`.
-        return summed_nll(hidden[self._scored], head.weight, self._labels, head.bias, chunk_bytes=2**60)
+        # In one piece: how much chunks take is reckoned apart, by `simulate_loss`.
+        with assume(WHOLE):
+            return summed_nll(hidden[self._scored], head.weight, self._labels, head.bias, chunk_bytes=2**60)
 
     def _call_layer(self, layer: Callable[..., Any], *args: Any) -> Any:
         self._mark()

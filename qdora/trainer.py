@@ -48,7 +48,7 @@ class AdapterTrainer(SFTTrainer):
     offsets exact) instead of the model.
 
     Args:
-        chunk_bytes: of the fp32 logits that exist at once.
+        chunk_bytes: of the logits that exist at once, in the head's dtype.
         sharding: of the model, if its layers are sharded (`model.load_model`).
         rates: of magnitude and direction; by default both have the trainer's.
         asked: questions to answer at each evaluation.

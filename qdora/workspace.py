@@ -65,7 +65,7 @@ CPU = Workspace(tile_bytes=8 * 2**20, narrow=256, wide=1024, block_bytes=2 * 2**
 # Reckoned, not yet measured: 8 MiB are too few rows to keep all processors of a large GPU busy, and each launch costs.
 ACCELERATOR = Workspace(tile_bytes=64 * 2**20)
 # For questions whose answer does not hang on the tiles: the fewer there are, the sooner it is known.
-WHOLE = Workspace(tile_bytes=2**60)
+WHOLE = Workspace(tile_bytes=2**60, block_bytes=2**60)
 
 _assumed: Workspace | None = None
 

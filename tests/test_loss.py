@@ -5,13 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdora.loss import IGNORED, answer_loss
+from qdora.loss import IGNORED, answer_loss, nll_by_row
+from qdora.workspace import CPU, Workspace, assume
+from tests.memory import allocated_by
 
 
 @pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4 * 50 * 7, 2**26])
-def test_loss_and_gradient(dtype: torch.dtype, budget: float, bias: bool, chunk: int) -> None:
+@pytest.mark.parametrize("workspace", [CPU, Workspace(tile_bytes=2**20, block_bytes=4 * 50 * 3)])
+def test_loss_and_gradient(dtype: torch.dtype, budget: float, bias: bool, chunk: int, workspace: Workspace) -> None:
+    with assume(workspace):
+        check_loss_and_gradient(dtype, budget, bias, chunk)
+
+
+def check_loss_and_gradient(dtype: torch.dtype, budget: float, bias: bool, chunk: int) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(3, 11, 16).to(dtype).requires_grad_()
     weight = torch.randn(50, 16).to(dtype)
@@ -30,6 +38,9 @@ def test_loss_and_gradient(dtype: torch.dtype, budget: float, bias: bool, chunk:
     ours = answer_loss(hidden, weight, labels, bias_V, chunk).detach()
     assert ours.dtype == torch.float32
     assert abs(float(ours) - float(expected)) <= budget * float(expected)
+    by_row = nll_by_row(hidden, weight, labels, bias_V, chunk)
+    assert by_row.sum() == pytest.approx(float(ours), rel=1e-5)
+    assert by_row[2] == 0
     assert (hidden.grad.double() - h.grad).norm() <= budget * h.grad.norm()
 
 
@@ -80,6 +91,16 @@ def test_hidden_states_and_head_of_two_dtypes_under_autocast(dtypes: tuple[torch
     torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").backward()
     assert hidden.grad.dtype == dtypes[0]
     assert (hidden.grad.double() - h.grad).norm() <= 2e-2 * h.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_takes_the_logits_of_a_chunk_and_a_block_of_rows(dtype: torch.dtype) -> None:
+    hidden = torch.randn(1, 301, 8).to(dtype).requires_grad_()
+    weight, labels = torch.randn(20_000, 8).to(dtype), torch.zeros(1, 301, dtype=torch.long)
+    chunk_bytes = 100 * weight.shape[0] * dtype.itemsize
+    taken = allocated_by(lambda: answer_loss(hidden, weight, labels, chunk_bytes=chunk_bytes))
+    block_bytes = CPU.block_bytes if dtype == torch.bfloat16 else 0
+    assert taken < 1.02 * (chunk_bytes + block_bytes)
 
 
 def test_nothing_to_learn_is_zero_not_nan() -> None:

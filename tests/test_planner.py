@@ -15,7 +15,7 @@ from qdora.planner import _plans, adopt, asked_plan, choose, memory_model, usabl
 from tests.conftest import make_model
 
 MB = 2**20
-ASKED = Plan(rows=4, accumulation=2, loss_chunk_bytes=64 * MB)
+ASKED = Plan(rows=4, accumulation=2, loss_chunk_bytes=32 * MB)
 
 
 class MadeUp:
@@ -31,7 +31,7 @@ class MadeUp:
         parts = {
             "base": 100 if plan.stream_base else 1000,
             "rows": plan.rows * (70 if plan.activation_offloading else 100),
-            "loss": plan.loss_chunk_bytes // MB * 2,
+            "loss": plan.loss_chunk_bytes // MB * 4,
             "embedding": 0 if plan.embedding_on_host else 50,
             "outputs": 30 * plan.rows * plan.hold_outputs,
         }
@@ -45,15 +45,15 @@ ON_HOST = {"activation_offloading": True, "embedding_on_host": True}
     ("limit", "changes"),
     [
         (1578, {}),
-        (1577, {"loss_chunk_bytes": 16 * MB}),
-        (1481, {"loss_chunk_bytes": 4 * MB}),
-        (1457, {"activation_offloading": True, "loss_chunk_bytes": 4 * MB}),
-        (1338, {"activation_offloading": True, "loss_chunk_bytes": 4 * MB}),
-        (1337, {"loss_chunk_bytes": 4 * MB, **ON_HOST}),
-        (1287, {"rows": 2, "accumulation": 4, "loss_chunk_bytes": 16 * MB}),
-        (1100, {"rows": 1, "accumulation": 8, "loss_chunk_bytes": 4 * MB, **ON_HOST}),
+        (1577, {"loss_chunk_bytes": 8 * MB}),
+        (1481, {"loss_chunk_bytes": 2 * MB}),
+        (1457, {"activation_offloading": True, "loss_chunk_bytes": 2 * MB}),
+        (1338, {"activation_offloading": True, "loss_chunk_bytes": 2 * MB}),
+        (1337, {"loss_chunk_bytes": 2 * MB, **ON_HOST}),
+        (1287, {"rows": 2, "accumulation": 4, "loss_chunk_bytes": 8 * MB}),
+        (1100, {"rows": 1, "accumulation": 8, "loss_chunk_bytes": 2 * MB, **ON_HOST}),
         (678, {"stream_base": True}),
-        (178, {"rows": 1, "accumulation": 8, "loss_chunk_bytes": 4 * MB, **ON_HOST, "stream_base": True}),
+        (178, {"rows": 1, "accumulation": 8, "loss_chunk_bytes": 2 * MB, **ON_HOST, "stream_base": True}),
     ],
 )
 def test_the_fastest_that_fits(limit: int, changes: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def test_what_turns_out_not_to_be_needed_is_left_out() -> None:
 
 
 def test_what_was_asked_for_stays() -> None:
-    asked = Plan(rows=2, accumulation=1, loss_chunk_bytes=4 * MB, stream_base=True, activation_offloading=True)
+    asked = Plan(rows=2, accumulation=1, loss_chunk_bytes=2 * MB, stream_base=True, activation_offloading=True)
     assert choose(MadeUp(), asked, 10**6)[0] == asked
 
 
@@ -81,9 +81,9 @@ def test_held_outputs_are_let_go_after_the_chunks_shrink() -> None:
     asked = replace(ASKED, hold_outputs=True)
     for limit, changes in (
         (1698, {}),
-        (1697, {"loss_chunk_bytes": 16 * MB}),
-        (1601, {"loss_chunk_bytes": 4 * MB}),
-        (1577, {"loss_chunk_bytes": 4 * MB, "hold_outputs": False}),
+        (1697, {"loss_chunk_bytes": 8 * MB}),
+        (1601, {"loss_chunk_bytes": 2 * MB}),
+        (1577, {"loss_chunk_bytes": 2 * MB, "hold_outputs": False}),
     ):
         assert choose(MadeUp(), asked, limit)[0] == replace(asked, **changes)
         assert choose(MadeUp(), ASKED, limit, may_hold_outputs=True)[0] == replace(asked, **changes)
@@ -101,12 +101,12 @@ def test_outputs_are_held_again_beside_what_waits_on_the_host() -> None:
             return replace(need, parts={**need.parts, "outputs": 20 * plan.rows * plan.hold_outputs})
 
     plan, _ = choose(SmallOutputs(), ASKED, 1457, may_hold_outputs=True)
-    assert plan == replace(ASKED, loss_chunk_bytes=4 * MB, activation_offloading=True, hold_outputs=True)
+    assert plan == replace(ASKED, loss_chunk_bytes=2 * MB, activation_offloading=True, hold_outputs=True)
 
 
 @pytest.mark.parametrize(("rows", "accumulation", "fewer"), [(5, 1, 1), (5, 2, 2), (15, 1, 5), (7, 3, 3), (8, 1, 4)])
 def test_an_uneven_batch_keeps_its_rows(rows: int, accumulation: int, fewer: int) -> None:
-    asked = Plan(rows=rows, accumulation=accumulation, loss_chunk_bytes=64 * MB)
+    asked = Plan(rows=rows, accumulation=accumulation, loss_chunk_bytes=32 * MB)
     found = {plan.rows: plan.rows * plan.accumulation for plan in _plans(asked, MadeUp())}
     assert set(found.values()) == {rows * accumulation}
     assert list(found)[1] == fewer
