@@ -190,6 +190,11 @@ def _check_skip(name: str, model: PreTrainedModel) -> None:
             raise ConfigError(f"skip_modules names {name!r}, which matches no module of the model")
     except re.error as error:
         raise ConfigError(f"skip_modules: {name!r} is neither a name nor a regular expression ({error})") from None
+    if not is_tame(name):
+        raise ConfigError(
+            f"skip_modules: {name!r} is more of an expression than config.json may hold: three repetitions at most, "
+            "and none of a group; give several simpler ones"
+        )
 
 
 def is_nf4_checkpoint(path: str | Path, trust_remote_code: bool = False) -> bool:

@@ -277,15 +277,18 @@ def _with_plain_bf16(flags: Sequence[str]) -> list[str]:
 
     Beside another `--dtype` it means autocast, and beside `--fp16` nothing; both are left to the trainer.
     """
-    asked = str(_value_of("bf16", flags)).lower() in ("true", "t", "yes", "y", "1")
-    in_half = _is_given("fp16", flags) and str(_value_of("fp16", flags)).lower() != "false"
-    if not asked or in_half or _value_of("dtype", flags) not in (None, "bfloat16"):
+    if not _is_on("bf16", flags) or _is_on("fp16", flags) or _value_of("dtype", flags) not in (None, "bfloat16"):
         return [*flags]
     return [*flags, "--bf16", "false", "--dtype", "bfloat16"]
 
 
 def _is_given(name: str, flags: Sequence[str]) -> bool:
     return any(flag == f"--{name}" or flag.startswith(f"--{name}=") for flag in flags)
+
+
+def _is_on(name: str, flags: Sequence[str]) -> bool:
+    """Whether a switch is given, bare or with a value, and not turned off by that."""
+    return _is_given(name, flags) and str(_value_of(name, flags)).lower() not in ("false", "f", "no", "n", "0")
 
 
 def _value_of(name: str, flags: Sequence[str]) -> str | None:

@@ -53,6 +53,7 @@ def run_training(trainer: Any, beginning: Start, headroom: Headroom) -> None:
         trainer.args.eval_on_start = False  # it was measured, and early stopping would count it twice
     if trainer.measures_anew and trainer.args.load_best_model_at_end:
         say(f"{beginning.checkpoint} was measured otherwise; the best is chosen from here on")
+    began = beginning.step
     # How patient early stopping still is, for one: without that a resumed run might end at another step.
     trainer.args.restore_callback_states_from_checkpoint |= beginning.same
     try:
@@ -68,15 +69,10 @@ def run_training(trainer: Any, beginning: Start, headroom: Headroom) -> None:
         raise CheckpointError(
             f"{beginning.checkpoint} holds what no trainer leaves there, and what might run code; do not resume from it"
         ) from None
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, TypeError) as error:
+        if trainer.state.global_step not in (0, began):
+            raise  # flags have been taken by then
         # what the trainer finds wrong only when it makes the optimizer, the schedule or the batches
-        raise ConfigError(
-            f"training stopped after {trainer.state.global_step} steps: {reason(error)}; check the flags"
-        ) from error
-    except TypeError as error:
-        if trainer.state.global_step not in (0, beginning.step):
-            raise
-        # a schedule or an optimizer lacks a setting, or has one too many
         raise ConfigError(f"training did not start: {reason(error)}; check the flags") from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

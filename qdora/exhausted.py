@@ -177,7 +177,8 @@ def end_for_memory(trainer: Any, error: BaseException, headroom: Headroom) -> st
     moment, said, args = _moment_of(error, trainer.model), reason(error), trainer.args
     _let_go(error)
     trainer.model.zero_grad()
-    if moment.whole:
+    # A checkpoint comes after the evaluation of its step: one without it would take part in no choice of the best.
+    if moment.whole and not (moment.evaluating and args.load_best_model_at_end):
         _save(trainer)
     if moment.evaluating:
         advice = f"lower --per_device_eval_batch_size, which is {args.per_device_eval_batch_size}"

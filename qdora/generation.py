@@ -13,7 +13,7 @@ from qdora.errors import ConfigError, NumericsError, reason
 from qdora.sources import quietly
 from qdora.templates import render
 
-__all__ = ["RefuseNaN", "end_tokens", "generating_by", "render_chat"]
+__all__ = ["RefuseNaN", "end_tokens", "ends_of", "generating_by", "render_chat"]
 
 
 @contextmanager
@@ -54,12 +54,18 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], ask: bool
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, those of the model's own config, and the template's.
-
-    The last matters where a base model was trained to chat: its EOS is still the one that ends a document.
-    """
+    """Every token that ends an answer: those of the model's own config, and `ends_of` the tokenizer."""
     own = getattr(model.generation_config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    ends = {*ends_of(tokenizer), *(own if isinstance(own, list) else [own])}
+    return sorted(token for token in ends if token is not None)
+
+
+def ends_of(tokenizer: Any) -> list[int]:
+    """The tokenizer's own end, and the token that ends an answer in its template.
+
+    The latter matters where a base model was trained to chat: its EOS is still the one that ends a document.
+    """
+    ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         with suppress(ConfigError):
             said = "qdora"

@@ -100,8 +100,8 @@ class _QuantizeFromBfloat16(Bnb4bitQuantize):
 
 
 def _to_quantize(weight: Tensor) -> Tensor:
-    """A weight as `qdora quantize` rounds it, which takes bf16: arithmetic in fp32 must not mean other NF4 weights."""
-    return weight.bfloat16() if weight.dtype == torch.float32 else weight
+    """A weight as `qdora quantize` rounds it, which takes bf16: other arithmetic must not mean other NF4 weights."""
+    return weight.bfloat16()
 
 
 def nf4_config(

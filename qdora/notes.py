@@ -65,9 +65,15 @@ def leave_notes(
     best_step: int | None,
     remarks: Sequence[str],
     seconds: float,
+    began: int,
     destination: Destination | None = None,
 ) -> None:
-    """Write what people read afterwards into the run's directory."""
+    """Write what people read afterwards into the run's directory.
+
+    Args:
+        seconds: that this process took.
+        began: the step at which it began.
+    """
     history, training = trainer.state.log_history, trainer.args
     out = Path(training.output_dir)
     title = f"{Path(run.model_name_or_path).name} on {Path(run.dataset).name}"
@@ -81,9 +87,11 @@ def leave_notes(
         data=str(corpus.data),
         evaluation_dataset=corpus.evaluation_name,
         evaluation=None if corpus.evaluation is None else str(corpus.evaluation),
+        evaluation_place=_place_of_evaluation(run),
         sample=marked(corpus.data.input_ids[0], corpus.data.labels[0], trainer.processing_class),
         history=history,
         steps=trainer.state.global_step,
+        began=began,
         best_step=best_step,
         groups=[_group(group) for group in trainer.optimizer.param_groups],
         settings=meant.settings,
@@ -98,6 +106,13 @@ def leave_notes(
     )
     write_report(facts, out / REPORT_FILE)
     write_card(facts, out)
+
+
+def _place_of_evaluation(run: RunArguments) -> dict[str, str | None] | None:
+    if run.eval_dataset is None:
+        return None
+    split = None if Path(run.eval_dataset).exists() else run.eval_dataset_split
+    return {"dataset": run.eval_dataset, "dataset_split": split, "dataset_config": run.eval_dataset_config}
 
 
 def _group(group: dict[str, Any]) -> Group:

@@ -136,7 +136,8 @@ class FiniteGuard:
     def corrected(self, logs: dict[str, Any], step: int) -> dict[str, Any]:
         """A log entry with the mean loss of the steps that were applied, and how many since the last were not."""
         if "train_loss" in logs:
-            return {**logs, **_mean_without("train_loss", logs, step - self._began, self._left_out)}
+            mean = _mean_without("train_loss", logs, step - self._began, self._left_out)
+            return {**{name: value for name, value in logs.items() if name != "train_loss"}, **mean}
         if "loss" not in logs:
             return logs
         steps, left_out = step - self._last_logged, self._since_log

@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 __all__ = ["Progress", "Speedometer", "describe", "memory_bytes"]
 
 
-class Speedometer:
-    """Counts tokens, and tells how many came by a second.
+class Speedometer(TrainerCallback):
+    """Counts tokens, and tells how many came by a second of training; evaluations and checkpoints do not count.
 
     Args:
         device: whose memory is read.
@@ -30,7 +30,24 @@ class Speedometer:
     def __init__(self, device: torch.device, processes: int = 1) -> None:
         self._device, self._processes = device, processes
         self._tokens: Tensor | int = 0
-        self._since = time.perf_counter()
+        self._since = self._stepped = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = self._stepped = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stepped = time.perf_counter()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._leave_out_time()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._leave_out_time()
+
+    def _leave_out_time(self) -> None:
+        """What went by since the last step or reading was no training."""
+        now = time.perf_counter()
+        self._since, self._stepped = self._since + now - self._stepped, now
 
     def count(self, inputs: Mapping[str, Any]) -> None:
         """One micro-batch; padding does not count. Does not wait for the device."""
@@ -39,9 +56,10 @@ class Speedometer:
 
     def read(self) -> dict[str, float]:
         """Tokens a second since the last reading, and the memory in use at the most, in GB."""
-        seconds = time.perf_counter() - self._since
-        tokens = int(self._tokens) * self._processes
-        self._tokens, self._since = 0, time.perf_counter()
+        tokens = int(self._tokens) * self._processes  # waits for the device
+        now = time.perf_counter()
+        seconds = now - self._since
+        self._tokens, self._since, self._stepped = 0, now, now
         return {
             "tokens_per_second": round(tokens / seconds, 1),
             "memory_gb": round(memory_bytes(self._device) / 1e9, 3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +45,14 @@ class RunFacts:
     """Counts of rows and tokens, in words."""
     evaluation_dataset: str | None
     evaluation: str | None
+    evaluation_place: Mapping[str, str | None] | None
+    """Where these rows are, as flags of `qdora evaluate`; None if they were kept back from those that were trained on."""
     sample: str
     """A row as the model saw it, with marks around what carried loss."""
     history: Sequence[Mapping[str, Any]]
     steps: int
+    began: int
+    """So many of them had been made when this process began."""
     best_step: int | None
     """Of the checkpoint that was kept, if evaluations chose it."""
     groups: Sequence[Group]
@@ -87,9 +92,10 @@ def write_report(facts: RunFacts, path: Path) -> None:
 def _title(facts: RunFacts) -> str:
     _, losses = loss_series(facts.history, "loss")
     loss = f"training loss {losses[0]:.4f} → {losses[-1]:.4f}, " if losses else ""
+    made = f", the last {facts.steps - facts.began} of them" if facts.began else ""
     title = (
         f"# {Path(facts.base).name} on {Path(facts.dataset).name}\n\n"
-        f"{facts.adapter}; {loss}{facts.steps} steps in {_duration(facts.seconds)} on {facts.device}."
+        f"{facts.adapter}; {loss}{facts.steps} steps{made} in {_duration(facts.seconds)} on {facts.device}."
     )
     return "\n\n".join([title, *(f"**{remark[:1].upper()}{remark[1:]}.**" for remark in facts.remarks)])
 
@@ -143,15 +149,20 @@ def _memory(facts: RunFacts) -> str:
 
 
 def _next(facts: RunFacts) -> str:
-    base, out = facts.base, facts.output_dir
-    data = facts.evaluation_dataset or facts.dataset
+    base, out = shlex.quote(facts.base), shlex.quote(str(facts.output_dir))
     commands = [
-        f"qdora evaluate {base} --adapter {out} --dataset {data}",
+        f"qdora evaluate {base} --adapter {out} {_rows_to_evaluate_on(facts)}",
         f"qdora inspect {out}",
         f"qdora chat {base} --adapter {out} --compare",
         f"qdora merge {base} {out} MERGED",
     ]
     return "\n".join(["## What next", "", "```bash", *commands, "```"])
+
+
+def _rows_to_evaluate_on(facts: RunFacts) -> str:
+    """As flags. Those that were trained on say nothing, and rows that were kept back lie among them."""
+    flags = facts.evaluation_place or {"dataset": "NEW_ROWS"}
+    return " ".join(f"--{name} {shlex.quote(value)}" for name, value in flags.items() if value is not None)
 
 
 def _duration(seconds: float) -> str:

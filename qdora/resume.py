@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -34,6 +35,7 @@ __all__ = [
     "RecordKeeper",
     "Start",
     "begin_record",
+    "check_epochs",
     "finish_record",
     "start",
 ]
@@ -46,7 +48,8 @@ _NOT_COMPARED = ("overwrite_output_dir",)
 _MEASURED_BY = (
     *("metric_for_best_model", "greater_is_better", "loss_type", "label_smoothing_factor", "router_aux_loss_coef"),
     *("eval_dataset", "eval_dataset_sha256", "eval_dataset_split", "eval_dataset_config", "eval_exact_match"),
-    *("validation_split_percentage", "max_length", "completion_only_loss", "chat_template_path", "base_hash"),
+    *("validation_split_percentage", "max_length", "completion_only_loss", "base_hash"),
+    *("chat_template_path", "chat_template_path_sha256"),
 )
 # What tells apart which parameters an optimizer has in which groups.
 _GROUPED_BY: dict[str, Callable[[Any], Any]] = {"freeze": str, "loraplus_lr_ratio": lambda ratio: ratio == 1}
@@ -109,10 +112,10 @@ def start(run: RunArguments, training: Any, output_dir: Path) -> Start:
         beginning = _from(checkpoint, settings, this if _is_in(checkpoint, output_dir) else None)
         _check_steps(beginning, training.max_steps)
         _say_which_rate(checkpoint, settings)
+        if unfinished is not None and not beginning.same and unfinished.get("began_from") == beginning.began_from:
+            return _newest(settings, output_dir, unfinished) or beginning  # the same command was given again
         if _is_in(checkpoint, output_dir):
             return beginning
-        if unfinished is not None and unfinished.get("began_from") == beginning.began_from:
-            return _newest(settings, output_dir, unfinished) or beginning  # the same command was given again
     else:
         # If the run that is there was started without that flag, the flag asks for a new beginning.
         if unfinished and (not run.overwrite_output_dir or unfinished["settings"].get("overwrite_output_dir")):
@@ -226,6 +229,27 @@ def _check_steps(beginning: Start, max_steps: int) -> None:
         )
 
 
+def check_epochs(beginning: Start, training: Any, rows: int) -> None:
+    """As `_check_steps`, where the length of the run is that of its data.
+
+    Args:
+        rows: that an epoch trains on.
+
+    Raises:
+        ConfigError: nothing is left to train.
+    """
+    if training.max_steps > 0 or beginning.checkpoint is None or beginning.trained:
+        return
+    batch = training.train_batch_size * training.world_size
+    batches = rows // batch if training.dataloader_drop_last else math.ceil(rows / batch)
+    steps = max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    if beginning.step >= math.ceil(training.num_train_epochs * steps):
+        raise ConfigError(
+            f"{beginning.checkpoint} has {beginning.step} steps already; --num_train_epochs "
+            f"{training.num_train_epochs:g} leaves none, give more"
+        )
+
+
 def _say_which_rate(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Rates are the schedule's, and go on with it; if the checkpoint has one."""
     there = (_read_record(checkpoint.parent) or {"settings": {}})["settings"].get("learning_rate")
@@ -318,16 +342,16 @@ class RecordKeeper(TrainerCallback):
 
 def _settings(run: RunArguments, training: Any) -> dict[str, Any]:
     """Every flag, as JSON has it; the number of processes, which makes the batch."""
-    flags = {**training.to_dict(), **dataclasses.asdict(run), "processes": processes(), **_hashes(run)}
+    flags = {**training.to_dict(), **dataclasses.asdict(run), "processes": processes(), **_hashes(run, training)}
     plain: dict[str, Any] = json.loads(json.dumps(flags, default=str))
     return {name: value for name, value in sorted(plain.items()) if name not in _NOT_RECORDED}
 
 
-def _hashes(run: RunArguments) -> dict[str, str]:
+def _hashes(run: RunArguments, training: Any) -> dict[str, str]:
     """Of the inputs that lie here as files; what the Hub gives is named by its id."""
-    found = {}
-    for name in ("dataset", "eval_dataset"):
-        path = getattr(run, name)
+    found, paths = {}, {"dataset": run.dataset, "eval_dataset": run.eval_dataset}
+    paths["chat_template_path"] = training.chat_template_path
+    for name, path in paths.items():
         if path and Path(path).is_file():
             with Path(path).open("rb") as content:
                 found[f"{name}_sha256"] = hashlib.file_digest(content, "sha256").hexdigest()

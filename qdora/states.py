@@ -35,7 +35,8 @@ def save_states(checkpoint: Path, optimizer: dict[str, Any], schedule: Any) -> N
 def load_states(checkpoint: Path, step: int, optimizer: Any, schedule: Any) -> None:
     """Put them where that checkpoint left them; with decay and betas as they are asked for now.
 
-    A rate is the schedule's, and goes on. Without an optimizer's state there, this one's begins afresh, at the place of
+    A rate is the schedule's, and goes on from its place there; the form and the length of the schedule are those asked
+    for now. Without an optimizer's state there, this one's begins afresh, at the place of
     its own schedule that is that step's.
 
     Args:

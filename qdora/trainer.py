@@ -81,6 +81,7 @@ class AdapterTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(Progress(bar=not self.args.disable_tqdm))
         self._speed = Speedometer(self.args.device, self.args.world_size)
+        self.add_callback(self._speed)
         self._scored = ScoredModel(self.model, chunk_bytes)
         self._entry: Any = None
         self._rates_used: dict[str, float] = {}

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from qdora.architecture import Linears
 from qdora.errors import NumericsError
-from qdora.generation import generating_by
+from qdora.generation import end_tokens, generating_by
 from qdora.model import load_model
 from qdora.shards import ShardReader
 from qdora.tokenizer import load_tokenizer
@@ -103,10 +103,11 @@ def compare(
         )
 
     trained = load(base, adapter, load_in_4bit)
-    ours = _answers(trained, ids, new_tokens)
+    ends = end_tokens(trained, tokenizer)
+    ours = _answers(trained, ids, new_tokens, ends)
     del trained
     plain = load(merged, None, False)
-    theirs = _answers(plain, ids, new_tokens)
+    theirs = _answers(plain, ids, new_tokens, ends)
     kl = difference = 0.0
     positions = same = total = 0
     gaps = []
@@ -131,13 +132,11 @@ def fits_in_memory(reader: ShardReader, linears: Linears) -> bool:
 
 
 @torch.no_grad()
-def _answers(model: Any, prompts: Sequence[Tensor], new_tokens: int) -> list[tuple[Tensor, list[int]]]:
-    """For each prompt its logits, (length, vocabulary), and the greedy tokens that follow."""
+def _answers(model: Any, prompts: Sequence[Tensor], new_tokens: int, ends: list[int]) -> list[tuple[Tensor, list[int]]]:
+    """For each prompt its logits, (length, vocabulary), and the greedy tokens that follow, up to one of the ends."""
     model.eval()
-    own = model.generation_config
-    config = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
+    pad = model.generation_config.pad_token_id
+    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
     answers = []
     for ids in prompts:
         ids = ids.to(model.device)

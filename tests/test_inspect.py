@@ -75,7 +75,7 @@ def test_what_it_says(adapter: Path) -> None:
         "DoRA, rank 4, alpha 8",
         "14 linears",
         "A and B in bfloat16",
-        "the files that the adapter was trained on",
+        "the weights that the adapter was trained on",
         "q_proj",
         "most in magnitude",
         "most in direction",

@@ -101,7 +101,11 @@ def init(
     use_template(tokenizer, chat_template_path)
     lengths = _measure(rows, tokenizer, dataset)
     template = None if chat_template_path is None else str(chat_template_path)
-    asked = {"dataset_config": dataset_config, "chat_template_path": template}
+    asked = {
+        "dataset_config": dataset_config,
+        "chat_template_path": template,
+        "trust_remote_code": trust_remote_code or None,
+    }
     settings = _settings(str(model), str(dataset), asked, lengths, context_of(architecture))
     fitted = None if memory is None else _fit(settings, memory, use_cpu)
     replace_text(path, _page(path, settings, lengths, in_nf4, memory, fitted))
@@ -120,7 +124,7 @@ def _measure(rows: Sequence[Row], tokenizer: Any, dataset: str | Path) -> _Lengt
 
 
 def _settings(
-    model: str, dataset: str, asked: dict[str, str | None], lengths: _Lengths, context: int | None
+    model: str, dataset: str, asked: dict[str, Any], lengths: _Lengths, context: int | None
 ) -> dict[str, Any]:
     """What the data suggests, in the order of the page."""
     max_length = -(-lengths.covered // 64) * 64

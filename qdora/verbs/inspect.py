@@ -148,29 +148,9 @@ class InspectReport:
             "trained on": f"{self.trained_on or 'not said'} ({self.trained_kind or 'kind not said'})",
             "its hash": self.trained_hash[:_HASH_DIGITS] if self.trained_hash else "not said",
             "compared with": f"{self.base} ({self.base_kind})",
-            "base's hash": f"{self.base_hash[:_HASH_DIGITS]}: {self._verdict()}",
+            "base's hash": f"{self.base_hash[:_HASH_DIGITS]}: {self.base_is}",
         }
         return [line for label, text in facts.items() for line in wrapped(text, label)]
-
-    def _verdict(self) -> str:
-        if self.same_base is None:
-            return "unknown whether the adapter was trained on these files"
-        if self.same_base:
-            return "the files that the adapter was trained on"
-        if self.right_base:
-            error = ", and the changes below are off by that rounding" if self._is_off() else ""
-            return f"other files than trained on, of the same 16-bit model, once in NF4{error}"
-        if self.right_base is False:
-            return "other files than trained on: the changes below are from other weights"
-        if self.trained_kind in ("nf4", "nf4-custom") and self.base_kind != "nf4":
-            error = "" if self.trained_kind == "nf4" else ", and the changes below are off by that rounding"
-            return f"other files than trained on, as must be if those were these weights in NF4{error}"
-        if self.trained_kind == "nf4":
-            return "other files than trained on, as must be if those were 16-bit weights and these are made from them"
-        return "other files than trained on: the changes below are from other weights"
-
-    def _is_off(self) -> bool:
-        return self.trained_kind == "nf4-custom" and self.base_kind != "nf4"
 
     def _unmoved(self) -> list[str]:
         unmoved = self.unmoved

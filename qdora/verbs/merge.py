@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from qdora.baseweights import StoredBase
 from qdora.distributed import bar
 from qdora.dora import merge_rows
 from qdora.errors import CheckpointError
+from qdora.generation import ends_of
 from qdora.kinship import MERGE_RECORD, Kinship, ancestry_of
 from qdora.output import (
     SETTINGS_FILE,
@@ -144,9 +146,9 @@ def _write_tensors(writer: ShardWriter, stored: StoredBase, file: AdapterFile, d
     """Every tensor of the merged model; returns whether its head is another matrix than its embedding by now."""
     for key in bar("merge", "tensors")(stored.keys()):
         writer.add(key, stored.linears.in_sixteen_bits(key, _merged(key, stored, file), dtype))
-    parted = _parted_head(stored, file)
-    if parted is not None and parted[0] not in stored.reader:
-        writer.add(parted[0], in_sixteen_bits(*parted, dtype))
+    parted = _parted_ends(stored, file)
+    for name, weight in (parted or {}).items():
+        writer.add(name, in_sixteen_bits(name, weight, dtype))
     return parted is not None
 
 
@@ -188,18 +190,23 @@ def merged_weight(weight: BaseWeight, adapter: LinearAdapter | None) -> Tensor:
     return whole
 
 
-def _parted_head(stored: StoredBase, file: AdapterFile) -> tuple[str, Tensor] | None:
-    """(key, weight) of a head that is another matrix than the embedding, if either was trained whole."""
+def _parted_ends(stored: StoredBase, file: AdapterFile) -> dict[str, Tensor] | None:
+    """What to write beside what is stored, if embedding and head are two matrices by now; None if they are one."""
     if stored.linears.ends is None or not file.whole.keys() & set(stored.linears.ends):
         return None
-    embedding, head = stored.linears.ends
-    kept = next(key for key in stored.reader if stored.linears.named(key, (embedding,)) is not None)
-    of_head = head if head in stored.reader else kept
-    weights = [
-        file.whole[name] if name in file.whole else stored.plain(key)
-        for name, key in ((embedding, kept), (head, of_head))
-    ]
-    return None if torch.equal(weights[0].float(), weights[1].float()) else (head, weights[1])
+    # A pair that was one lies under one of the names; what a file calls it is not always what the model does.
+    keys = {name: _key_of(name, stored) for name in stored.linears.ends}
+    somewhere = next(key for key in keys.values() if key is not None)  # else `_check_whole` would have spoken
+    weights = {
+        name: file.whole[name] if name in file.whole else stored.plain(key or somewhere) for name, key in keys.items()
+    }
+    if torch.equal(*(weight.float() for weight in weights.values())):
+        return None
+    return {name: weight for name, weight in weights.items() if keys[name] is None}
+
+
+def _key_of(name: str, stored: StoredBase) -> str | None:
+    return next((key for key in stored.keys() if stored.linears.named(key, (name,)) is not None), None)
 
 
 def _write_config(source: Path, directory: Path, dtype: str, parted: bool) -> None:
@@ -225,20 +232,31 @@ def _take_tokenizer_along(adapter: str | Path, directory: Path, trust_remote_cod
             (directory / name).unlink(missing_ok=True)  # beside the adapter's it would say something else
             if (Path(adapter) / name).is_file():
                 shutil.copyfile(Path(adapter) / name, directory / name)
-        _also_end_at(load_tokenizer(directory, trust_remote_code).eos_token_id, directory / "generation_config.json")
     (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     (directory / "chat_template.json").unlink(missing_ok=True)  # as earlier releases of transformers wrote it
     shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
     _forget_template(directory / SETTINGS_FILE)
+    with suppress(CheckpointError):  # a template that somebody put beside a base without a tokenizer
+        _also_end_at(ends_of(load_tokenizer(directory, trust_remote_code)), directory)
 
 
-def _also_end_at(token: int | None, config_file: Path) -> None:
-    """Let generation end at the tokenizer's own end too."""
-    config = read_object(config_file)
+def _also_end_at(tokens: list[int], directory: Path) -> None:
+    """Let generation end where an answer does too; a base's config may know the end of a document alone."""
+    file = directory / "generation_config.json"
+    # Without the file, transformers goes by these in the model's config.
+    config = read_object(file) if file.is_file() else _special_ids(read_object(directory / "config.json"))
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if token is not None and ends and token not in ends:
-        write_json(config_file, {**config, "eos_token_id": [token, *ends]})
+    new = [token for token in tokens if token not in ends]
+    if new:
+        write_json(file, {**config, "eos_token_id": [*new, *ends]})
+
+
+def _special_ids(config: dict[str, Any]) -> dict[str, Any]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    text = config.get("text_config")
+    known = {**text, **config} if isinstance(text, dict) else config
+    return {name: known[name] for name in names if known.get(name) is not None}
 
 
 def _forget_template(settings_file: Path) -> None:

@@ -45,7 +45,7 @@ from qdora.planner import adopt, asked_plan, choose, hollow_of, memory_model, us
 from qdora.preflight import check_original, check_place, check_trackers
 from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
-from qdora.resume import RecordKeeper, Start, begin_record, finish_record, start
+from qdora.resume import RecordKeeper, Start, begin_record, check_epochs, finish_record, start
 from qdora.sharding import Sharding, take_sharding
 from qdora.signals import StopRequest
 from qdora.together import check_sharded
@@ -153,6 +153,8 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
     request = StopRequest()
     with memory_explained("before the first step", headroom):
         trainer = build_trainer(model, tokenizer, training, corpus, run, sharding)
+    check_epochs(beginning, training, len(trainer.train_dataset))
+    began = beginning.step  # its checkpoint may be gone at the end
     trainer.add_callback(RecordKeeper(beginning))
     trainer.add_callback(StopWhenAsked(request))  # the last, for it ends the run before those that come after it
     trainer.accelerator.wait_for_everyone()  # all have seen the directory as it was
@@ -172,6 +174,7 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
                 report.best_step,
                 report.remarks,
                 time.perf_counter() - started,
+                began,
                 destination,
             )
             finish_record(beginning, output_dir)
