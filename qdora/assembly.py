@@ -55,7 +55,7 @@ def build_trainer(
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=_own_optimizer(training),
             callbacks=callbacks,
-            chunk_bytes=parse_size(run.loss_chunk_size),
+            chunk_bytes=None if run.loss_chunk_size is None else parse_size(run.loss_chunk_size),
             sharding=sharding,
             rates=rates(run, training),
             asked=corpus.asked,

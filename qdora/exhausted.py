@@ -140,7 +140,8 @@ class Headroom:
         on_accelerator = device.type != "cpu"
         # An accelerator's share is known at any time; of the CPU's, this process has taken some by now.
         room = unfragmented(min(self._room, _room_on(device)) if on_accelerator else self._room, on_accelerator)
-        reckoned, asked = memory_model(self._run, self._training, on_accelerator), asked_plan(self._run, self._training)
+        reckoned = memory_model(self._run, self._training, on_accelerator)
+        asked = asked_plan(self._run, self._training, on_accelerator)
         failed = reckoned.need(asked).device_bytes
         plan, need = choose(reckoned, asked, min(room, int(failed * _LESS)))
         held = " --hold_outputs false" if asked.hold_outputs and not plan.hold_outputs else ""

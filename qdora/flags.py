@@ -138,7 +138,9 @@ class RunArguments:
         },
     )
     embedding_on_host: bool = field(default=False, metadata={"help": "leave the input embedding on the host"})
-    loss_chunk_size: str = field(default="32MiB", metadata={"help": "of the logits that exist at once"})
+    loss_chunk_size: str | None = field(
+        default=None, metadata={"help": "of the logits that exist at once [64MiB; 32MiB on the CPU]"}
+    )
     memory: str | None = field(default=None, metadata={"help": "make the run fit in this, such as 8GB"})
     dry_run: bool = field(default=False, metadata={"help": "print what the run needs, and stop"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "write over an adapter that is there"})

@@ -24,18 +24,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qdora.workspace import blocks
+from qdora.workspace import blocks, workspace_of
 
-__all__ = ["CHUNK_BYTES", "IGNORED", "answer_loss", "nll_by_row", "positions_at_once", "summed_by_row", "summed_nll"]
+__all__ = ["IGNORED", "answer_loss", "nll_by_row", "positions_at_once", "summed_by_row", "summed_nll"]
 
 IGNORED = -100
-CHUNK_BYTES = 32 * 2**20
 _ROWS_IN_FP32 = 256
 _ROWS_OF_PRODUCT = 4096
 
 
 def answer_loss(
-    hidden: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
+    hidden: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None, chunk_bytes: int | None = None
 ) -> Tensor:
     """Σ −log p(next token) over the positions whose next label is not -100, as an fp32 scalar.
 
@@ -43,34 +42,39 @@ def answer_loss(
         hidden: (batch, length, H), the last hidden states.
         weight_VH, bias_V: of the output head.
         labels: (batch, length); position t is scored on labels[t + 1].
-        chunk_bytes: of the logits that exist at once, in the head's dtype.
+        chunk_bytes: of the logits that exist at once, in the head's dtype; None for what suits the device.
     """
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     return summed_nll(hidden[rows, columns], weight_VH, labels[rows, columns + 1], bias_V, chunk_bytes)
 
 
 def summed_nll(
-    h_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, bias_V: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
+    h_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, bias_V: Tensor | None = None, chunk_bytes: int | None = None
 ) -> Tensor:
     """`answer_loss` of chosen positions: hidden states (T, H) and the tokens (T,) that should follow them."""
     return _SummedNll.apply(h_TH, weight_VH, bias_V, labels_T, chunk_bytes)
 
 
-def positions_at_once(weight_VH: Tensor, chunk_bytes: int) -> int:
-    """How many positions have their logits in one chunk."""
-    return max(1, chunk_bytes // (weight_VH.element_size() * weight_VH.shape[0]))
+def positions_at_once(logits: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None) -> int:
+    """How many positions, of so many logits each, are in one chunk."""
+    size = workspace_of(device).logits_bytes if chunk_bytes is None else chunk_bytes
+    return max(1, size // (dtype.itemsize * logits))
+
+
+def _positions(weight_VH: Tensor, chunk_bytes: int | None) -> int:
+    return positions_at_once(len(weight_VH), weight_VH.dtype, weight_VH.device, chunk_bytes)
 
 
 @torch.no_grad()
 def nll_by_row(
-    hidden: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
+    hidden: Tensor, weight_VH: Tensor, labels: Tensor, bias_V: Tensor | None = None, chunk_bytes: int | None = None
 ) -> Tensor:
     """`answer_loss` of each row apart, (batch,) fp32, for evaluation: there is no gradient."""
 
     def of_chunk(h_TH: Tensor, label_T: Tensor) -> Tensor:
         return _chunk_nll(h_TH, weight_VH, bias_V, label_T[:, None], None)
 
-    return summed_by_row(of_chunk, hidden, labels, positions_at_once(weight_VH, chunk_bytes))
+    return summed_by_row(of_chunk, hidden, labels, _positions(weight_VH, chunk_bytes))
 
 
 @torch.no_grad()
@@ -94,7 +98,7 @@ class _SummedNll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor, chunk_bytes: int
+        ctx: Any, h_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor, chunk_bytes: int | None
     ) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         dh_TH = torch.empty_like(h_TH) if needs_gradient else None
@@ -103,7 +107,7 @@ class _SummedNll(torch.autograd.Function):
             for tensor, needed in zip((weight_VH, bias_V), ctx.needs_input_grad[1:3], strict=True)
         )
         total = torch.zeros((), dtype=torch.float32, device=h_TH.device)
-        step = positions_at_once(weight_VH, chunk_bytes)
+        step = _positions(weight_VH, chunk_bytes)
         for start in range(0, h_TH.shape[0], step):
             part = slice(start, start + step)
             chunk = None if dh_TH is None else dh_TH[part]
@@ -173,10 +177,11 @@ def _block_nll(logits_TV: Tensor, bias_V: Tensor | None, label_T1: Tensor, train
     chosen_T1 = logits.gather(1, label_T1)
     exponentials = logits.exp_()
     sum_T1 = exponentials.sum(dim=1, keepdim=True)
+    nll_T1 = sum_T1.log() - chosen_T1
     if trains:
         probability = exponentials.div_(sum_T1)
-        probability.scatter_add_(1, label_T1, torch.full_like(sum_T1, -1.0))
+        probability.scatter_(1, label_T1, torch.expm1(-nll_T1))  # p − 1, exact for p near 1 too
         if db_V is not None:
             db_V += probability.sum(dim=0)
         logits_TV.copy_(probability)
-    return (sum_T1.log() - chosen_T1)[:, 0]
+    return nll_T1[:, 0]

@@ -54,7 +54,13 @@ class Intention:
         values = {name: getattr(training, name) for name in _REPORTED}
         settings = {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
         rounded = run.load_in_4bit and not is_nf4_checkpoint(run.model_name_or_path, training.trust_remote_code)
-        return cls(_adapter_in_words(run), settings, asked_plan(run, training).flags(), need, rounded)
+        return cls(
+            _adapter_in_words(run),
+            settings,
+            asked_plan(run, training, training.device.type != "cpu").flags(),
+            need,
+            rounded,
+        )
 
 
 def leave_notes(

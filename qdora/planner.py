@@ -27,7 +27,8 @@ from qdora.workspace import ACCELERATOR, CPU
 
 __all__ = ["adopt", "asked_plan", "choose", "hollow_of", "memory_model", "unfragmented", "usable_bytes"]
 
-_SMALLER_CHUNKS = (8 * 2**20, 2 * 2**20)
+# The first costs little. With the other a large head's weight is read for a few positions at a time.
+_SMALLER_CHUNK, _SMALLEST_CHUNK = 16 * 2**20, 4 * 2**20
 # Reckoned, not measured: the driver's context and the libraries' workspaces, and what fragmentation takes.
 _DRIVER_BYTES = 500 * 10**6
 _FRAGMENTED_SHARE = 0.03
@@ -80,12 +81,13 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
     )
 
 
-def asked_plan(run: RunArguments, training: Any) -> Plan:
+def asked_plan(run: RunArguments, training: Any, on_accelerator: bool) -> Plan:
     """The run as its flags say."""
+    size, workspace = run.loss_chunk_size, ACCELERATOR if on_accelerator else CPU
     return Plan(
         rows=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
-        loss_chunk_bytes=parse_size(run.loss_chunk_size),
+        loss_chunk_bytes=workspace.logits_bytes if size is None else parse_size(size),
         hold_outputs=bool(run.hold_outputs),
         activation_offloading=training.activation_offloading,
         embedding_on_host=run.embedding_on_host,
@@ -175,10 +177,9 @@ def _plans(asked: Plan, reckoned: MemoryModel) -> Iterator[Plan]:
 
 def _same_batch(plan: Plan, reckoned: MemoryModel) -> Iterator[Plan]:
     yield plan
-    for chunk in _SMALLER_CHUNKS:
-        if chunk < plan.loss_chunk_bytes:
-            plan = replace(plan, loss_chunk_bytes=chunk)
-            yield plan
+    if plan.loss_chunk_bytes > _SMALLER_CHUNK:
+        plan = replace(plan, loss_chunk_bytes=_SMALLER_CHUNK)
+        yield plan
     if plan.hold_outputs:
         plan = replace(plan, hold_outputs=False)
         yield plan
@@ -186,4 +187,7 @@ def _same_batch(plan: Plan, reckoned: MemoryModel) -> Iterator[Plan]:
         plan = replace(plan, activation_offloading=True)
         yield plan
     if reckoned.can_spare_embedding and not plan.embedding_on_host:
-        yield replace(plan, embedding_on_host=True)
+        plan = replace(plan, embedding_on_host=True)
+        yield plan
+    if plan.loss_chunk_bytes > _SMALLEST_CHUNK:
+        yield replace(plan, loss_chunk_bytes=_SMALLEST_CHUNK)

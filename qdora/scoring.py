@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from qdora.arithmetic import place_of
-from qdora.loss import CHUNK_BYTES, answer_loss, nll_by_row, summed_by_row
+from qdora.loss import answer_loss, nll_by_row, positions_at_once, summed_by_row
 
 __all__ = ["ScoredModel"]
 
@@ -27,10 +27,10 @@ class ScoredModel(nn.Module):
 
     Args:
         model: a transformers model.
-        chunk_bytes: of the logits that exist at once, in the head's dtype.
+        chunk_bytes: of the logits that exist at once, in the head's dtype; None for what suits the device.
     """
 
-    def __init__(self, model: Any, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, model: Any, chunk_bytes: int | None = None) -> None:
         super().__init__()
         self.model, self.chunk_bytes = model, chunk_bytes
         # DDP's own attribute: what it need not send around, for it is frozen and every process has loaded it.
@@ -93,10 +93,11 @@ class ScoredModel(nn.Module):
 
 
 @torch.no_grad()
-def _nll_of_logits(logits: Tensor, labels: Tensor, chunk_bytes: int) -> Tensor:
+def _nll_of_logits(logits: Tensor, labels: Tensor, chunk_bytes: int | None) -> Tensor:
     """Σ −log p of each row, (batch,) fp32, of logits (batch, length, vocabulary) that are all there."""
 
     def of_chunk(logits_TV: Tensor, label_T: Tensor) -> Tensor:
         return functional.cross_entropy(logits_TV.float(), label_T, reduction="none")
 
-    return summed_by_row(of_chunk, logits, labels, max(1, chunk_bytes // (4 * logits.shape[-1])))
+    at_once = positions_at_once(logits.shape[-1], torch.float32, logits.device, chunk_bytes)
+    return summed_by_row(of_chunk, logits, labels, at_once)

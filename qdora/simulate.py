@@ -182,7 +182,7 @@ def simulate_loss(head: nn.Module, positions: int, chunk_bytes: int, workspace: 
         workspace: of the device that is reckoned for.
     """
     assert isinstance(head.weight, Tensor)
-    step = positions_at_once(head.weight, chunk_bytes)
+    step = positions_at_once(len(head.weight), head.weight.dtype, head.weight.device, chunk_bytes)
     if positions <= _LOSS_CHUNKS * step:
         return _loss_peak(head, positions, chunk_bytes, workspace)
     counts = [chunks * step for chunks in (_LOSS_CHUNKS - 1, _LOSS_CHUNKS)]

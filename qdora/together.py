@@ -82,7 +82,8 @@ def check_together(run: RunArguments, training: Any) -> None:
     Raises:
         ConfigError: a value is out of its range, has nothing to act on, or contradicts another.
     """
-    parse_size(run.loss_chunk_size)
+    if run.loss_chunk_size is not None:
+        parse_size(run.loss_chunk_size)
     for name, known in _CHOICES.items():
         if (value := getattr(run, name)) is not None and value not in known:
             raise ConfigError(

@@ -25,7 +25,7 @@ from qdora.errors import ConfigError, reason
 from qdora.flags import MEASURED_PLAINLY, PLAIN_LOSSES
 from qdora.groups import Rates, parameter_groups, rates_by_part
 from qdora.kept import STATE_FILE, checkpoint_of, clear_scratch, keep_newest, name_checkpoint, scratch_of, state_of
-from qdora.loss import CHUNK_BYTES, IGNORED
+from qdora.loss import IGNORED
 from qdora.measure import score
 from qdora.numerics import FiniteGuard, check_weights, refuse_evaluation
 from qdora.output import whole_files, writing
@@ -48,7 +48,7 @@ class AdapterTrainer(SFTTrainer):
     offsets exact) instead of the model.
 
     Args:
-        chunk_bytes: of the logits that exist at once, in the head's dtype.
+        chunk_bytes: of the logits that exist at once, in the head's dtype; None for what suits the device.
         sharding: of the model, if its layers are sharded (`model.load_model`).
         rates: of magnitude and direction; by default both have the trainer's.
         asked: questions to answer at each evaluation.
@@ -64,7 +64,7 @@ class AdapterTrainer(SFTTrainer):
     def __init__(
         self,
         *,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         sharding: Sharding | None = None,
         rates: Rates | None = None,
         asked: Sequence[Question] = (),

@@ -38,6 +38,8 @@ class Workspace:
     most, else `narrow`, whatever that takes. Weights that fit whole are not cut."""
     block_bytes: int = 64 * 2**20
     """Of the rows that elementwise work takes at once, counted in fp32."""
+    logits_bytes: int = 64 * 2**20
+    """Of the logits that exist at once, if nothing else was asked for."""
 
     def cut(self, size: int, unit: int, values: int, dtype: torch.dtype) -> Iterator[slice]:
         """Cut a weight's rows into tiles of nearly the same width; or its columns.
@@ -61,8 +63,10 @@ class Workspace:
 
 
 # 4 to 16 MiB measured alike (4096×11008, 1,024 tokens), 1 MiB and whole weights at up to twice the time.
-CPU = Workspace(tile_bytes=8 * 2**20, narrow=256, wide=1024, block_bytes=2 * 2**20)
+# What has more than 32 MiB, glibc asks the kernel for each time, which clears it.
+CPU = Workspace(tile_bytes=8 * 2**20, narrow=256, wide=1024, block_bytes=2 * 2**20, logits_bytes=32 * 2**20)
 # Reckoned, not yet measured: 8 MiB are too few rows to keep all processors of a large GPU busy, and each launch costs.
+# For each chunk of logits the head's weight is read twice, a GB each with a vocabulary of 128k.
 ACCELERATOR = Workspace(tile_bytes=64 * 2**20)
 # For questions whose answer does not hang on the tiles: the fewer there are, the sooner it is known.
 WHOLE = Workspace(tile_bytes=2**60, block_bytes=2**60)

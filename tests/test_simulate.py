@@ -13,7 +13,7 @@ from transformers import Cohere2Config, Gemma2Config, Gemma3TextConfig, GraniteC
 import qdora
 from qdora.architecture import hollow_model
 from qdora.inject import decoder_layers
-from qdora.loss import CHUNK_BYTES, summed_nll
+from qdora.loss import summed_nll
 from qdora.optimizer import CompensatedAdamW, buckets
 from qdora.simulate import (
     Batch,
@@ -159,7 +159,7 @@ def reckoned_and_real(path: Path, adapter: qdora.AdapterConfig, dtype: str = "bf
     model.zero_grad(set_to_none=True)
     real = allocated_by(step)
     reckoned = max(segment.peak for segment in (*trace.forward, *trace.backward))
-    loss = trace.loss.start + simulate_loss(hollow.get_output_embeddings(), 399, CHUNK_BYTES, CPU)
+    loss = trace.loss.start + simulate_loss(hollow.get_output_embeddings(), 399, CPU.logits_bytes, CPU)
     return max(reckoned, loss), real
 
 

@@ -64,7 +64,7 @@ def estimate_from_arguments(arguments: Sequence[str]) -> Estimate:
     if run.dry_run:
         raise ConfigError("--dry_run is for `qdora train`; an estimate never starts a run")
     on_accelerator = not training.use_cpu
-    reckoned, plan = memory_model(run, training, on_accelerator), asked_plan(run, training)
+    reckoned, plan = memory_model(run, training, on_accelerator), asked_plan(run, training, on_accelerator)
     usable = None if run.memory is None else usable_bytes(run.memory, on_accelerator)
     if usable is None:
         need = reckoned.need(plan)

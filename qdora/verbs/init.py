@@ -157,7 +157,7 @@ def _settings(
 def _fit(settings: dict[str, Any], memory: str, use_cpu: bool) -> Need:
     """Put the fastest plan that fits into the settings."""
     run, training = parse_train(flags_of({**settings, "use_cpu": use_cpu}))
-    reckoned, asked = memory_model(run, training, not use_cpu), asked_plan(run, training)
+    reckoned, asked = memory_model(run, training, not use_cpu), asked_plan(run, training, not use_cpu)
     plan, need = choose(reckoned, asked, usable_bytes(memory, not use_cpu), may_hold_outputs=True)
     settings["per_device_train_batch_size"] = plan.rows
     settings["gradient_accumulation_steps"] = plan.accumulation

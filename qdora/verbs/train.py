@@ -207,7 +207,7 @@ def _plan(run: RunArguments, training: Any) -> tuple[str, tuple[str, ...]]:
         What it takes, in words; the linears that hold their outputs.
     """
     on_accelerator = training.device.type != "cpu"
-    reckoned, plan = memory_model(run, training, on_accelerator), asked_plan(run, training)
+    reckoned, plan = memory_model(run, training, on_accelerator), asked_plan(run, training, on_accelerator)
     if run.memory is None:
         need = reckoned.need(plan)
     else:
