@@ -8,7 +8,8 @@ gets its fastest settings: no fp32 upcast of the adapters (`autocast_adapter_dty
 methods compute in fp32, as `qdora train` does there, and PEFT's adapters are in fp32: it multiplies in their dtype.
 
 "held" keeps the outputs of `down_proj` from the forward on (`--hold_outputs`); "m frozen" trains A and B alone
-(`--freeze magnitude`), and tells what the gradient of the magnitude costs.
+(`--freeze magnitude`), and tells what the gradient of the magnitude costs. "own AdamW" steps with the default optimizer
+of `qdora train`, which carries what rounding to bf16 takes from each value: two bytes a value more.
 
 The last three are bounds. "dense, no adapters" is the same step of the same model in bf16, with adapters of rank 1 on
 the first layer's q, k and v only, so that gradients flow as they must: what any method does, and nothing of its own.
@@ -37,6 +38,7 @@ from qdora.loader import nf4_config
 from qdora.loss import answer_loss
 from qdora.nf4 import NF4Weight
 from qdora.nf4format import quantize_nf4
+from qdora.optimizer import CompensatedAdamW
 from qdora.output import new_directory, write_json
 from qdora.product import column_dots
 from qdora.shards import ShardWriter
@@ -45,6 +47,7 @@ METHODS = {
     "qdora QDoRA": ("qdora", "nf4", True),
     "qdora QDoRA, held": ("qdora holding", "nf4", True),
     "qdora QDoRA, m frozen": ("qdora frozen", "nf4", True),
+    "qdora QDoRA, own AdamW": ("qdora compensated", "nf4", True),
     "qdora QLoRA": ("qdora", "nf4", False),
     "qdora DoRA dense": ("qdora", "dense", True),
     "qdora LoRA dense": ("qdora", "dense", False),
@@ -200,7 +203,11 @@ def prepare(
             adapted = _with_qdora(model, rank, use_dora)
             hold_outputs(model, ("mlp.down_proj",) if engine == "qdora holding" else ())
             freeze_part(model, MAGNITUDE if engine == "qdora frozen" else "none")
-        return training_step(adapted, model, ids, mark)
+        adapted.train()
+        optimizer = (
+            CompensatedAdamW(trained(adapted), lr=1e-4) if engine == "qdora compensated" else fused_adamw(adapted)
+        )
+        return training_step(model, optimizer, ids, mark)
 
     return adapt
 
@@ -221,15 +228,28 @@ def _with_peft(model: Any, rank: int, use_dora: bool, target_modules: str = "all
     return adapted
 
 
-def training_step(adapted: nn.Module, model: Any, ids: Tensor, mark: Mark = unmarked) -> Step:
-    """Forward, chunked loss and backward under checkpointing of each micro-batch, AdamW; what trains is in `adapted`.
+def trained(adapted: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train."""
+    return [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+
+
+def fused_adamw(adapted: nn.Module) -> torch.optim.Optimizer:
+    """Of what trains in that."""
+    return torch.optim.AdamW(trained(adapted), lr=1e-4, fused=True)
+
+
+def own_adamw(adapted: nn.Module) -> torch.optim.Optimizer:
+    """The default of `qdora train`, of what trains in that."""
+    return CompensatedAdamW(trained(adapted), lr=1e-4)
+
+
+def training_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor, mark: Mark = unmarked) -> Step:
+    """Forward, chunked loss and backward under checkpointing of each micro-batch, and a step of the optimizer.
 
     Args:
         ids: (micro-batches, batch, length).
     """
-    adapted.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4, fused=True)
     head, backbone = model.get_output_embeddings(), model.base_model
 
     def step() -> float:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_methods import WORKLOADS, Step, Workload, training_step, write_model
+from bench_methods import WORKLOADS, Step, Workload, fused_adamw, training_step, write_model
 from bench_step import peak_bytes
 from record import synchronize, write_result
 from torch.distributed.device_mesh import init_device_mesh
@@ -131,7 +131,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     ids = torch.randint(0, SHAPES[name].vocabulary, (1, SHAPES[name].batch, SHAPES[name].length), device=device)
     if arguments.measure == "memory":
         return memory(model, ids, device, method)
-    step = training_step(model, model, ids)
+    step = training_step(model.train(), fused_adamw(model), ids)
     loss = [step(), step()][0]
     gc.collect()
     gc.disable()
@@ -170,7 +170,7 @@ def memory(model: Any, ids: torch.Tensor, device: torch.device, method: str) -> 
     """The most that was held on the device, in bytes."""
 
     def adapt() -> Step:
-        return training_step(model, model, ids)
+        return training_step(model.train(), fused_adamw(model), ids)
 
     if device.type == "cuda":
         step = adapt()
