@@ -29,6 +29,7 @@ from qdora.workspace import blocks, workspace_of
 __all__ = ["IGNORED", "answer_loss", "nll_by_row", "positions_at_once", "summed_by_row", "summed_nll"]
 
 IGNORED = -100
+_BLOCKS = 4  # at least, so that those in fp32 take half of what the chunk does
 _ROWS_IN_FP32 = 256
 _ROWS_OF_PRODUCT = 4096
 
@@ -154,7 +155,7 @@ def _chunk_nll(
     logits_TV = h_TH @ weight_VH.t()
     trains = not (dh_TH is dW_VH is db_V is None)
     nll_T = torch.empty(len(h_TH), dtype=torch.float32, device=h_TH.device)
-    for rows in blocks(logits_TV):
+    for rows in blocks(logits_TV, _BLOCKS):
         nll_T[rows] = _block_nll(logits_TV[rows], bias_V, label_T1[rows], trains, db_V)
     if dh_TH is not None and logits_TV.dtype == weight_VH.dtype == dh_TH.dtype:
         torch.mm(logits_TV, weight_VH, out=dh_TH)

@@ -79,8 +79,8 @@ def workspace_of(device: torch.device) -> Workspace:
     return _assumed or (CPU if device.type == "cpu" else ACCELERATOR)
 
 
-def blocks(values: Tensor) -> Iterator[slice]:
-    """The rows of a matrix, as many at a time as elementwise work takes at once.
+def blocks(values: Tensor, at_least: int = 1) -> Iterator[slice]:
+    """The rows of a matrix, as many at a time as elementwise work takes at once, in `at_least` so many parts.
 
     All of them under `torch.compile`, which fuses that work, and would unroll these and compile anew for each number.
     """
@@ -88,7 +88,7 @@ def blocks(values: Tensor) -> Iterator[slice]:
     if torch.compiler.is_compiling():
         return iter([slice(0, rows)])
     count = math.ceil(4 * rows * columns / workspace_of(values.device).block_bytes)
-    return (slice(start, stop) for start, stop in _spread(rows, min(count, rows)))
+    return (slice(start, stop) for start, stop in _spread(rows, min(max(count, at_least), rows)))
 
 
 def _spread(units: int, count: int) -> Iterator[tuple[int, int]]:
