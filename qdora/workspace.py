@@ -88,7 +88,8 @@ def blocks(values: Tensor, at_least: int = 1) -> Iterator[slice]:
     if torch.compiler.is_compiling():
         return iter([slice(0, rows)])
     count = math.ceil(4 * rows * columns / workspace_of(values.device).block_bytes)
-    return (slice(start, stop) for start, stop in _spread(rows, min(max(count, at_least), rows)))
+    parts = max(count, at_least) if count else 0
+    return (slice(start, stop) for start, stop in _spread(rows, min(parts, rows)))
 
 
 def _spread(units: int, count: int) -> Iterator[tuple[int, int]]:

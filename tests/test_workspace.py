@@ -73,4 +73,6 @@ def test_elementwise_work_takes_as_many_rows_as_stay_in_the_cache() -> None:
     with assume(Workspace(tile_bytes=1, block_bytes=1)):
         assert list(blocks(values[:2])) == [slice(0, 1), slice(1, 2)]
     assert list(blocks(values[:9])) == [slice(0, 9)]
+    assert list(blocks(values[:9], at_least=3)) == [slice(0, 3), slice(3, 6), slice(6, 9)]
+    assert list(blocks(values[:2], at_least=3)) == [slice(0, 1), slice(1, 2)]
     assert list(blocks(values[:0])) == list(blocks(values[:, :0])) == []
