@@ -21,6 +21,7 @@ from qdora.config import ends_in
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
 from qdora.tokenizer import template_beside, tokenizer_of
+from qdora.verbs.merge import _special_ids
 from qdora.verify import compare
 from qdora.whole import trained_whole
 from tests.conftest import disturb, make_model, make_tokenizer
@@ -473,6 +474,11 @@ def test_generation_ends_where_the_learned_answers_do(
     assert found.eos_token_id == [answer, document]
     assert found.pad_token_id == (None if left == "both" else tokenizer.pad_token_id)
     assert found.top_p == (0.5 if left == "both" else None)
+
+
+def test_a_model_that_sees_too_has_its_ends_in_its_text_part() -> None:
+    config = {"text_config": {"eos_token_id": 3, "pad_token_id": 0}, "eos_token_id": None, "bos_token_id": 1}
+    assert _special_ids(config) == {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
 
 
 def test_a_tokenizer_for_a_base_that_has_none(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
