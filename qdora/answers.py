@@ -49,9 +49,9 @@ def questions(data: EncodedData) -> list[Question]:
     if data.layout == TEXT:
         return []
     found = []
-    for ids, labels in zip(data.input_ids, data.labels, strict=True):
+    for ids, labels, begun in zip(data.input_ids, data.labels, data.begins_in_answer, strict=True):
         first, end = last_answer_in(labels)
-        if first > 0:
+        if first > begun:  # an answer's first token is no question to the others
             found.append(Question(ids[:first], ids[first:end]))
     return found
 

@@ -186,15 +186,16 @@ def _without_weights(
 
 def _check_skip(name: str, model: PreTrainedModel) -> None:
     try:
-        if all(should_convert_module(path, [name]) for path, _ in model.named_modules()):
-            raise ConfigError(f"skip_modules names {name!r}, which matches no module of the model")
+        re.compile(name)
     except re.error as error:
         raise ConfigError(f"skip_modules: {name!r} is neither a name nor a regular expression ({error})") from None
-    if not is_tame(name):
+    if not is_tame(name):  # before it is matched, for that may take longer than a life
         raise ConfigError(
             f"skip_modules: {name!r} is more of an expression than config.json may hold: three repetitions at most, "
             "and none of a group; give several simpler ones"
         )
+    if all(should_convert_module(path, [name]) for path, _ in model.named_modules()):
+        raise ConfigError(f"skip_modules names {name!r}, which matches no module of the model")
 
 
 def is_nf4_checkpoint(path: str | Path, trust_remote_code: bool = False) -> bool:

@@ -275,8 +275,11 @@ def _with_bare_fsdp(flags: Sequence[str]) -> list[str]:
 def _with_plain_bf16(flags: Sequence[str]) -> list[str]:
     """`--bf16 true` as `--dtype bfloat16`: with all weights in it autocast has nothing to do, and CPUs know it too.
 
-    Beside another `--dtype` it means autocast, and beside `--fp16` nothing; both are left to the trainer.
+    Beside another `--dtype` it means autocast, and beside `--fp16` nothing; both are left to the trainer. Bare it is
+    on, as `--fp16` is, which argparse does not take from a flag that may be left open.
     """
+    ends = [i + 1 == len(flags) or flags[i + 1].startswith("--") for i in range(len(flags))]
+    flags = ["--bf16=true" if flag == "--bf16" and bare else flag for flag, bare in zip(flags, ends, strict=True)]
     if not _is_on("bf16", flags) or _is_on("fp16", flags) or _value_of("dtype", flags) not in (None, "bfloat16"):
         return [*flags]
     return [*flags, "--bf16", "false", "--dtype", "bfloat16"]

@@ -93,8 +93,8 @@ class StoredBase:
 
     def _check_whole(self, file: AdapterFile) -> None:
         for name, weight in file.whole.items():
-            # A head that is the embedding is stored under the embedding's name alone.
-            names = self.linears.ends if self.linears.ends and name == self.linears.ends[1] else (name,)
+            # Where head and embedding are one weight, it is stored under one of the two names, mostly the embedding's.
+            names = self.linears.ends if self.linears.ends and name in self.linears.ends else (name,)
             keys = [key for key in self.keys() if self.linears.named(key, names) is not None]
             shape = tuple(self.plain(keys[0]).shape) if keys else None
             if shape != tuple(weight.shape):

@@ -102,7 +102,8 @@ class StopWhenAsked(TrainerCallback):
         if self._number and not control.should_training_stop:
             where = checkpoint_of(args.output_dir, state.global_step)
             at = f" after step {state.global_step} of {state.max_steps}"
-            how = "the same command" if args.resume_from_checkpoint is None else "--resume_from_checkpoint last"
+            fresh = str(args.resume_from_checkpoint).lower() in ("none", "false")
+            how = "the same command" if fresh else "--resume_from_checkpoint last"
             raise Stopped(self._number, f"{at}, saved as {where}; {how} goes on from there")
 
 

@@ -12,7 +12,7 @@ from qdora.data import EncodedData, encode
 from qdora.distributed import bar, say
 from qdora.errors import DataError
 from qdora.flags import RunArguments
-from qdora.packing import splits_rows
+from qdora.packing import joins_rows, splits_rows
 from qdora.rows import Row, held_out, read_rows
 
 __all__ = ["Corpus", "load_corpus"]
@@ -93,6 +93,7 @@ def _load_data(
         loss_on_all=training.completion_only_loss is False,
         progress=bar("tokenize", "rows"),
         numbers=numbers,
+        joined=joins_rows(training, evaluation),
     )
     say(f"{'to evaluate on, ' if evaluation else ''}{source}: {encoded}")
     return encoded

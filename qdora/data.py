@@ -8,7 +8,7 @@ Tokenizing the parts apart would be simpler and wrong for tokenizers that put a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class EncodedData:
     """Rows whose last answer was given an EOS, because the chat template ends it with no token of its own."""
     without_tools: int = 0
     """Rows with tools that the chat template leaves out."""
+    begins_in_answer: list[bool] = field(default_factory=list)
+    """Whether a row's first token is one of an answer, which carries no loss unless rows are joined."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -97,6 +99,7 @@ def encode(
     loss_on_all: bool = False,
     progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
     numbers: Sequence[int] | None = None,
+    joined: bool = False,
 ) -> EncodedData:
     """Rows to token ids and labels.
 
@@ -107,6 +110,7 @@ def encode(
         loss_on_all: loss on prompts too.
         progress: wraps the rows, such as tqdm.
         numbers: of the rows in their file, for messages, if they are not all of it.
+        joined: each row will follow another that predicts its first token; otherwise nothing does.
 
     Raises:
         DataError: a row is malformed, or no row has an answer left.
@@ -122,7 +126,7 @@ def encode(
         if is_open:
             ids, has_loss = _closed(ids, has_loss, tokenizer)
         length = len(ids) if max_length is None else min(max_length, len(ids))
-        if not any(has_loss[1:length]):  # nothing comes before the first token that could predict it
+        if not any(has_loss[1:length]):  # in the row, nothing comes before the first token that could predict it
             data.dropped += 1
             beyond += any(has_loss[1:])
             continue
@@ -131,6 +135,8 @@ def encode(
         data.without_tools += rendered.without_tools
         data.cut += any(has_loss[length:])
         data.input_ids.append(ids[:length])
+        data.begins_in_answer.append(has_loss[0])
+        has_loss[0] &= joined
         data.labels.append([i if loss else IGNORED for i, loss in zip(ids[:length], has_loss, strict=False)])
     if not data.input_ids:
         raise DataError(

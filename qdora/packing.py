@@ -25,7 +25,7 @@ from qdora.arithmetic import place_of
 from qdora.distributed import say
 from qdora.errors import ConfigError, out_of_memory, reason
 
-__all__ = ["check_rows_apart", "rows_stay_apart", "settle_packing", "splits_rows"]
+__all__ = ["check_rows_apart", "joins_rows", "rows_stay_apart", "settle_packing", "splits_rows"]
 
 _Collate = Callable[[list[dict[str, list[int]]]], dict[str, Any]]
 """Makes one sequence of rows (`input_ids`, `labels`), as the trainer's data collator does."""
@@ -55,8 +55,16 @@ def settle_packing(training: Any) -> None:
 
 def splits_rows(training: Any, evaluation: bool = False) -> bool:
     """Whether the rest of a row longer than `max_length` goes on in another pack, rather than being left out."""
-    packs = training.packing and not (evaluation and training.eval_packing is False)
-    return packs and training.packing_strategy != "bfd"
+    return _packs(training, evaluation) and training.packing_strategy != "bfd"
+
+
+def joins_rows(training: Any, evaluation: bool = False) -> bool:
+    """Whether a row sees the one before it, which predicts its first token."""
+    return _packs(training, evaluation) and training.packing_strategy == "wrapped"
+
+
+def _packs(training: Any, evaluation: bool) -> bool:
+    return bool(training.packing) and not (evaluation and training.eval_packing is False)
 
 
 def check_rows_apart(scored: Any, collate: _Collate) -> None:

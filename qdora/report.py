@@ -46,7 +46,7 @@ class RunFacts:
     evaluation_dataset: str | None
     evaluation: str | None
     evaluation_place: Mapping[str, str | None] | None
-    """Where these rows are, as flags of `qdora evaluate`; None if they were kept back from those that were trained on."""
+    """Where these rows are, as flags of `qdora evaluate`; None if they were kept back from those of the training."""
     sample: str
     """A row as the model saw it, with marks around what carried loss."""
     history: Sequence[Mapping[str, Any]]

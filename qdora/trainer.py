@@ -139,7 +139,6 @@ class AdapterTrainer(SFTTrainer):
         Other losses than the plain one are TRL's: slower. A head that does more than multiply is left to the model's
         own loss, with all its logits.
         """
-        self._speed.count(inputs)
         if return_outputs or self._other_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._head_is_plain:
@@ -154,6 +153,7 @@ class AdapterTrainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """The trainer's, under the guard's eyes."""
+        self._speed.count(inputs)
         self.guard.begin(self._tr_loss)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.add(inputs, loss, num_items_in_batch)

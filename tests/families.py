@@ -78,6 +78,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = DENSE | HYBRIDS | MIXTURES
+RENAMED: dict[str, dict[str, Any]] = {"gpt_neox": {}}  # whose head, in the files, is called embed_out
 SEEING: dict[str, dict[str, Any]] = {  # whose files call the text model's modules otherwise
     "gemma3": {
         "text_config": {**_COMMON, "head_dim": 16, "sliding_window": 32},
@@ -103,7 +104,7 @@ def make_family(name: str, directory: Path, **changes: Any) -> Path:
     tokenizer = make_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     common = {} if name == "gpt2" else _COMMON
-    settings = {**common, "vocab_size": len(tokenizer), **ids, **(FAMILIES | SEEING)[name], **changes}
+    settings = {**common, "vocab_size": len(tokenizer), **ids, **(FAMILIES | SEEING | RENAMED)[name], **changes}
     if "text_config" in settings:
         settings = {**settings, "text_config": {**settings["text_config"], "vocab_size": len(tokenizer), **ids}}
     config = AutoConfig.for_model(name, **settings)

@@ -34,6 +34,14 @@ def test_plain_text_asks_nothing() -> None:
     assert questions(encode([{"text": "The quick brown fox"}], tokenizer, None)) == []
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_an_answer_with_nothing_before_it_is_asked_by_nothing(joined: bool) -> None:
+    tokenizer = make_tokenizer()
+    rows = [{"prompt": "", "completion": "12 apples"}, {"prompt": "1", "completion": " apples"}]
+    (question,) = questions(encode(rows, tokenizer, None, joined=joined))
+    assert tokenizer.decode(question.prompt) == "1"
+
+
 def test_batches_answer_as_single_rows_do(tmp_path: Path) -> None:
     directory = make_model(tmp_path)
     config = json.loads((directory / "generation_config.json").read_text())

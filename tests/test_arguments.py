@@ -198,6 +198,9 @@ def test_a_config_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     ("flags", "dtype", "autocast"),
     [
         (["--bf16", "true"], "bfloat16", False),
+        (["--bf16"], "bfloat16", False),
+        (["--bf16", "--seed", "1", "--fp16", "false"], "bfloat16", False),
+        (["--bf16", "no"], None, False),
         (["--bf16=True", "--dtype", "bfloat16"], "bfloat16", False),
         (["--bf16", "false"], None, False),
         (["--bf16", "true", "--bf16", "false"], None, False),

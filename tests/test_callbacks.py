@@ -22,7 +22,7 @@ from qdora.signals import Stopped, StopRequest
 from tests.test_train import quick
 from tests.test_trainer import log_of
 
-ARGS = SimpleNamespace(device="cpu", world_size=1, output_dir="out")
+ARGS = SimpleNamespace(device="cpu", world_size=1, output_dir="out", resume_from_checkpoint=None)
 
 
 def test_the_last_step_is_measured_too(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -88,12 +88,22 @@ def test_layers_that_are_recomputed_in_a_way_of_their_own_keep_the_gradient(tiny
     assert asks()
 
 
-def test_a_run_that_is_asked_to_stop_saves_first() -> None:
+@pytest.mark.parametrize(
+    ("resumed", "how"),
+    [
+        (None, "the same command"),
+        ("false", "the same command"),
+        ("out/checkpoint-2", "--resume_from_checkpoint last"),
+        ("last", "--resume_from_checkpoint last"),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves_first_and_says_how_to_go_on(resumed: str | None, how: str) -> None:
     callback, told = asked_to_stop(), control()
-    callback.on_step_end(ARGS, state(4, 0.5), told)
+    args = SimpleNamespace(**{**vars(ARGS), "resume_from_checkpoint": resumed})
+    callback.on_step_end(args, state(4, 0.5), told)
     assert told.should_save
-    with pytest.raises(Stopped, match=r"after step 4 of 9, saved as out/checkpoint-4; the same command goes on"):
-        callback.on_save(ARGS, state(4, 0.5), told)
+    with pytest.raises(Stopped, match=rf"after step 4 of 9, saved as out/checkpoint-4; {how} goes on from there$"):
+        callback.on_save(args, state(4, 0.5), told)
 
 
 def test_at_the_end_of_an_epoch_the_checkpoint_waits_for_the_evaluation() -> None:

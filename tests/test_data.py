@@ -66,10 +66,10 @@ def test_a_token_across_the_border_belongs_to_the_answer(tokenizer: Any) -> None
     assert learned({"prompt": "The quick brown fo", "completion": "x jumps"}, tokenizer).endswith("x jumps<|im_end|>")
 
 
-def test_text_and_loss_on_all_learn_everything(tokenizer: Any) -> None:
-    assert learned({"text": "The lazy dog"}, tokenizer) == "The lazy dog<|im_end|>"
+def test_text_and_loss_on_all_learn_everything_that_a_token_comes_before(tokenizer: Any) -> None:
+    assert learned({"text": "The lazy dog"}, tokenizer) == " lazy dog<|im_end|>"
     row = {"prompt": "How many?", "completion": " 42"}
-    assert learned(row, tokenizer, loss_on_all=True) == "How many? 42<|im_end|>"
+    assert learned(row, tokenizer, loss_on_all=True) == "w many? 42<|im_end|>"
 
 
 def test_cut_and_dropped_rows_are_counted(tokenizer: Any) -> None:
@@ -164,12 +164,12 @@ def test_turns_that_the_template_rewrites_are_counted(tokenizer: Any, with_templ
     encoded = encode([row], tokenizer, None)
     assert encoded.hidden == 1
     assert "1 earlier answers without loss" in str(encoded)
-    assert learned(row, tokenizer, loss_on_all=True).startswith("<|im_start|>user")
+    assert learned(row, tokenizer, loss_on_all=True).startswith("user\nHow many?")
 
 
 def test_loss_on_all_needs_no_place_for_the_answer(tokenizer: Any, with_template: Any) -> None:
     with_template("{% if add_generation_prompt %}other{% endif %}{{ messages | length }} in all")
-    assert learned({"messages": [USER, ASSISTANT]}, tokenizer, loss_on_all=True) == "2 in all<|im_end|>"
+    assert learned({"messages": [USER, ASSISTANT]}, tokenizer, loss_on_all=True) == " in all<|im_end|>"
 
 
 @pytest.mark.parametrize("tools", [[{"name": "count"}], '[{"name": "count"}]'])
@@ -197,6 +197,15 @@ def test_the_end_that_the_tokenizer_adds_is_learned() -> None:
 def test_an_answer_with_nothing_before_it_is_no_answer(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="every label would be masked"):
         encode([{"text": "The lazy dog"}], tokenizer, 1)
+
+
+@pytest.mark.parametrize("row", [{"text": "The lazy dog"}, {"prompt": "The lazy", "completion": " dog"}])
+def test_the_first_token_carries_loss_only_where_another_row_predicts_it(row: dict[str, str], tokenizer: Any) -> None:
+    apart, joined = (encode([row], tokenizer, None, loss_on_all=True, joined=each) for each in (False, True))
+    ids = apart.input_ids[0]
+    assert (apart.labels, joined.labels) == ([[IGNORED, *ids[1:]]], [ids])
+    assert (apart.answer_tokens, joined.answer_tokens) == (len(ids) - 1, len(ids))
+    assert marked(ids, apart.labels[0], tokenizer) == "The⟦ lazy dog<|im_end|>⟧"
 
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -259,7 +268,7 @@ def test_an_answer_that_nothing_asks_for_is_not_learned() -> None:
 def test_what_follows_the_token_that_ends_an_answer_makes_no_other_end(name: str) -> None:
     tokenizer = speaking(name)
     data = encode([{"messages": CHAT}], tokenizer, None, loss_on_all=True)
-    assert (data.ended, data.labels) == (0, data.input_ids)
+    assert (data.ended, data.labels) == (0, [[IGNORED, *ids[1:]] for ids in data.input_ids])
     assert tokenizer.decode(data.input_ids[0]) == tokenizer.apply_chat_template(CHAT, tokenize=False)
 
 

@@ -111,11 +111,18 @@ def test_an_update_that_was_not_finished_is_not_saved(
     assert not list((tmp_path / "out").rglob("adapter_model.safetensors"))
 
 
-def test_the_evaluation_has_a_flag_of_its_own(inject: Inject, tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("choosing", [False, True])
+def test_the_evaluation_has_a_flag_of_its_own(
+    choosing: bool, inject: Inject, tiny_nf4: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    """Where the best is to be chosen, a checkpoint without its evaluation would take no part in that."""
     inject(DoRALinear, "forward", 28, lambda layer, *_: not layer.training)  # the first 28 try out the head
     says = "in the evaluation, in the forward of .*q_proj, after 2 of .* lower --per_device_eval_batch_size, which is 8"
-    with pytest.raises(QDoRAError, match=f"{says}.*checkpoint-2"):
-        quick(tiny_nf4, pairs_file, tmp_path / "out", max_steps=5, eval_dataset=str(pairs_file), eval_steps=2)
+    way = "no checkpoint was written yet: begin anew" if choosing else "the last good checkpoint is .*checkpoint-2"
+    flags = {"max_steps": 5, "eval_dataset": str(pairs_file), "eval_steps": 2, "load_best_model_at_end": choosing}
+    with pytest.raises(QDoRAError, match=f"{says}.*{way}"):
+        quick(tiny_nf4, pairs_file, tmp_path / "out", **flags)
+    assert (tmp_path / "out" / "checkpoint-2").exists() != choosing
 
 
 def test_loading(inject: Inject, tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:

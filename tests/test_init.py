@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -38,6 +40,25 @@ def test_what_it_writes_trains(tiny: Path, pairs_file: Path, tmp_path: Path, mon
     report = qdora.train("qdora.yaml", max_steps=2, use_cpu=True)
     assert report is not None
     assert report.output_dir == Path("pairs-adapter")
+
+
+def test_a_model_with_code_of_its_own_trains_with_that(
+    tiny_nf4: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The permission stands in the config, and the memory is reckoned with it."""
+    module, trusts = sys.modules["qdora.verbs.init"], []
+    reckon = module.memory_model
+
+    def watched(run: Any, training: Any, on_accelerator: bool) -> Any:
+        trusts.append(training.trust_remote_code)
+        return reckon(run, training, on_accelerator)
+
+    monkeypatch.setattr(module, "memory_model", watched)
+    for trust in (True, False):
+        out = tmp_path / f"{trust}.yaml"
+        init(tiny_nf4, pairs_file, memory="1GB", use_cpu=True, out=out, trust_remote_code=trust)
+        assert yaml.safe_load(out.read_text()).get("trust_remote_code", False) == trust
+    assert trusts == [True, False]
 
 
 def test_a_small_memory_changes_the_plan(tiny_nf4: Path, tmp_path: Path) -> None:

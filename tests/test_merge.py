@@ -10,8 +10,9 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 import qdora
 from qdora import AdapterConfig, CheckpointError, ConfigError, NumericsError
@@ -20,9 +21,11 @@ from qdora.config import ends_in
 from qdora.inject import linear_paths
 from qdora.shards import ShardReader
 from qdora.tokenizer import template_beside, tokenizer_of
+from qdora.verbs.merge import _special_ids
 from qdora.verify import compare
 from qdora.whole import trained_whole
 from tests.conftest import disturb, make_model, make_tokenizer
+from tests.families import make_family
 from tests.reference import dora as reference
 from tests.test_quantize import make_gpt2
 
@@ -110,6 +113,41 @@ def test_a_linear_that_was_trained_whole(name: str, tiny: Path, tmp_path: Path) 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     for path, module in trained_whole(model).items():
         assert torch.equal(plain.get_submodule(path).weight, module.trained.weight.bfloat16())
+
+
+def with_whole(base: Path, out: Path, name: str, stays_tied: bool = False) -> Path:
+    """An adapter to this base beside which a module, embedding or head, was trained whole."""
+    config = AdapterConfig(rank=4, modules_to_save=(name,), ensure_weight_tying=stays_tied)
+    model = qdora.load_model(base, adapter=config, load_in_4bit=False)
+    disturb(model)
+    with torch.no_grad():
+        for module in trained_whole(model).values():
+            module.trained.weight += 0.1 * torch.randn_like(module.trained.weight)
+    qdora.save_adapter(model, out)
+    return out
+
+
+@pytest.mark.parametrize("name", ["embed_in", "lm_head"])
+def test_a_head_of_another_name_in_its_files_is_written_once(name: str, tmp_path: Path) -> None:
+    base = make_family("gpt_neox", tmp_path / "base", tie_word_embeddings=False)
+    assert "embed_out.weight" in ShardReader(base)
+    report = qdora.merge(base, with_whole(base, tmp_path / "adapter", name), tmp_path / "out", dtype="bfloat16")
+    assert report.comparison is not None
+    assert set(ShardReader(tmp_path / "out")) == set(ShardReader(base))
+
+
+@pytest.mark.parametrize(("name", "stays_tied"), [("embed_tokens", False), ("lm_head", False), ("lm_head", True)])
+def test_a_tied_base_that_is_stored_under_the_head_s_name(name: str, stays_tied: bool, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    adapter = with_whole(base, tmp_path / "adapter", name, stays_tied)
+    qdora.merge(base, adapter, tmp_path / "usual")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    qdora.merge(base, adapter, tmp_path / "out", verify=False, allow_other_base=True)
+    usual, ours = ShardReader(tmp_path / "usual"), ShardReader(tmp_path / "out")
+    assert set(usual) ^ set(ours) == ({"model.embed_tokens.weight", "lm_head.weight"} if stays_tied else set())
+    assert all(torch.equal(usual.get(key), ours.get(key if key in ours else "lm_head.weight")) for key in usual)
 
 
 def test_gpt2_keeps_its_orientation(tmp_path: Path) -> None:
@@ -408,6 +446,39 @@ def test_a_tokenizer_with_other_tokens_goes_along(
     qdora.merge(base, adapter, tmp_path / "out", verify=False, overwrite=True)
     merged = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert merged("1<think>2").input_ids == AutoTokenizer.from_pretrained(base)("1<think>2").input_ids
+
+
+@pytest.mark.parametrize("left", ["both", "config.json"])
+def test_generation_ends_where_the_learned_answers_do(
+    left: str, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the base knows the end of a document alone, and says so in its model's config or in a file."""
+    base, adapter = shutil.copytree(tiny_nf4, tmp_path / "base"), shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    tokenizer = make_tokenizer()
+    document, answer = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|im_end|>"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "eos_token_id": document}))
+    if left == "both":
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [document], "top_p": 0.5}))
+    else:
+        (base / "generation_config.json").unlink()
+    tokenizer.eos_token = "<|end|>"
+    tokenizer.save_pretrained(base)
+    tokenizer.save_pretrained(adapter)
+    ends: list[list[int]] = []
+    answers = sys.modules["qdora.verify"]._answers
+    monkeypatch.setattr("qdora.verify._answers", lambda *given: ends.append(given[-1]) or answers(*given))
+    qdora.merge(base, adapter, tmp_path / "out", verify=True)
+    assert ends == [sorted([document, answer])] * 2
+    found = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert found.eos_token_id == [answer, document]
+    assert found.pad_token_id == (None if left == "both" else tokenizer.pad_token_id)
+    assert found.top_p == (0.5 if left == "both" else None)
+
+
+def test_a_model_that_sees_too_has_its_ends_in_its_text_part() -> None:
+    config = {"text_config": {"eos_token_id": 3, "pad_token_id": 0}, "eos_token_id": None, "bos_token_id": 1}
+    assert _special_ids(config) == {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
 
 
 def test_a_tokenizer_for_a_base_that_has_none(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:

@@ -168,6 +168,18 @@ def test_a_step_without_a_token_with_loss_changes_nothing(
     assert min(losses) > 0
 
 
+def test_a_run_of_which_no_step_was_applied_has_no_loss(tiny_nf4: Path, tmp_path: Path, in_order: None) -> None:
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"prompt": "count: " + "1 2 3 4 5 6 7 8 9 " * 10, "completion": " 7"}) + "\n")
+    flags = {"packing": True, "packing_strategy": "wrapped", "per_device_train_batch_size": 1, "save_strategy": "no"}
+    report = quick(tiny_nf4, data, tmp_path / "out", max_steps=1, **flags)
+    assert str(report).startswith("no loss in 1 steps; ")
+    assert report.remarks[0].startswith("1 of 1 steps left out")
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert not [entry for entry in log if {"loss", "train_loss"} & entry.keys()]
+    assert "training loss" not in (tmp_path / "out" / "report.md").read_text()
+
+
 class _Explodes(torch.autograd.Function):
     """The same forward, and a gradient that is not finite."""
 

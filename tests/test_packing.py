@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 import qdora
 from qdora import ConfigError
 from qdora.loss import IGNORED
-from qdora.packing import check_rows_apart, rows_stay_apart, settle_packing, splits_rows
+from qdora.packing import check_rows_apart, joins_rows, rows_stay_apart, settle_packing, splits_rows
 from qdora.scoring import ScoredModel
 from tests.conftest import disturb
 from tests.test_train import adapter_tensors, quick
@@ -316,3 +316,24 @@ def test_evaluation_is_not_packed_alone() -> None:
 def test_which_rows_are_split(changes: dict[str, Any], splits: bool, splits_evaluation: bool) -> None:
     assert splits_rows(Settings(**changes)) is splits
     assert splits_rows(Settings(**changes), evaluation=True) is splits_evaluation
+
+
+def test_which_rows_are_joined() -> None:
+    """Those whose first token another row predicts, and which carry loss there."""
+    wrapped = Settings(packing=True, packing_strategy="wrapped", eval_packing=False)
+    assert joins_rows(wrapped)
+    assert not joins_rows(wrapped, evaluation=True)
+    for others in ({}, {"packing_strategy": "wrapped"}, {"packing": True, "packing_strategy": "bfd_split"}):
+        assert not joins_rows(Settings(**others))
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_run_takes_its_first_labels_by_that(
+    wraps: bool, tiny_nf4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"text": "dog"}\n' * 8)
+    tokens = 8 * (len(qdora.load_tokenizer(tiny_nf4)("dog").input_ids) + 1)
+    flags = {"packing": True, "packing_strategy": "wrapped"} if wraps else {}
+    quick(tiny_nf4, data, tmp_path / "out", max_steps=1, max_length=8, save_strategy="no", **flags)
+    assert f"{tokens} tokens, {tokens if wraps else tokens - 8} of them with loss" in capsys.readouterr().out

@@ -63,6 +63,48 @@ def test_tokens_are_counted_without_padding() -> None:
     assert speed.read()["tokens_per_second"] == 0
 
 
+def test_speed_is_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither loading nor evaluations nor checkpoints make it less."""
+    now = 0.0
+    monkeypatch.setattr("qdora.progress.time", SimpleNamespace(perf_counter=lambda: now))
+    speed = Speedometer(torch.device("cpu"))
+
+    def step(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        speed.count({"input_ids": torch.ones(1, 10)})
+        speed.on_step_end(None, None, None)
+
+    def pause() -> None:
+        nonlocal now
+        for event in (speed.on_evaluate, speed.on_save):
+            now += 50
+            event(None, None, None)
+
+    now += 100
+    speed.on_train_begin(None, None, None)
+    pause()
+    step(2)
+    pause()
+    step(3)
+    assert speed.read()["tokens_per_second"] == 4
+    pause()
+    step(5)
+    assert speed.read()["tokens_per_second"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
+def test_what_is_evaluated_counts_for_nothing(
+    tiny_nf4: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a loss that the evaluation has in common with the training."""
+    counted: list[int] = []
+    monkeypatch.setattr(Speedometer, "count", lambda self, inputs: counted.append(len(inputs["input_ids"])))
+    flags = {"eval_dataset": str(pairs_file), "eval_steps": 1, "label_smoothing_factor": 0.1, "save_strategy": "no"}
+    quick(tiny_nf4, pairs_file, tmp_path, max_steps=2, load_best_model_at_end=False, **flags)
+    assert counted == [8, 8]
+
+
 def test_only_what_is_there_is_described() -> None:
     assert describe({"loss": 1.0, "grad_norm": 2.0}) == "loss 1.0000"
     assert describe({"eval_exact_match": 0.125}) == "exact match 12.5%"

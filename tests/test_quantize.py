@@ -133,6 +133,7 @@ def test_refusals(tiny: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
             qdora.quantize(model, out)
     for options, message in [
         ({"skip_modules": ["typo_proj"]}, "'typo_proj'"),
+        ({"skip_modules": ["(.+)+$x"]}, r"more of an expression than config\.json may hold: three repetitions at most"),
         ({"max_shard_size": "big"}, "not a size"),
         ({"dtype": "int8"}, "int8"),
     ]:

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 import qdora.verbs.train
 from qdora import CheckpointError, ConfigError, arithmetic
 from qdora.signals import Stopped
+from tests.conftest import CHAT_TEMPLATE
 from tests.test_train import QUICK, quick
 
 FLAGS: dict[str, Any] = {"max_steps": 7, "save_steps": 2, "lora_dropout": 0.1, "lr_scheduler_type": "linear"}
@@ -194,6 +195,15 @@ def test_no_step_is_left(out: Path, tiny_nf4: Path, pairs_file: Path) -> None:
     flags = {**FLAGS, "max_steps": 6, "resume_from_checkpoint": "checkpoint-6"}
     with pytest.raises(ConfigError, match=r"checkpoint-6 has 6 steps already; --max_steps 6 leaves none, give more$"):
         quick(tiny_nf4, pairs_file, out, **flags)
+
+
+def test_no_epoch_is_left(out: Path, tiny_nf4: Path, pairs_file: Path) -> None:
+    """48 rows in batches of 8 are 6 steps; which is known before anything is changed."""
+    before = digests(out)
+    flags = {**FLAGS, "max_steps": -1, "num_train_epochs": 1, "resume_from_checkpoint": "checkpoint-6"}
+    with pytest.raises(ConfigError, match=r"checkpoint-6 has 6 steps already; --num_train_epochs 1 leaves none, give"):
+        quick(tiny_nf4, pairs_file, out, **flags)
+    assert digests(out) == before
 
 
 def test_what_a_resumed_run_takes_from_its_flags(
@@ -436,6 +446,38 @@ def test_the_same_command_with_another_run_s_checkpoint_goes_on_with_its_own(
         shutil.rmtree(checkpoint)
     with pytest.raises(ConfigError, match=r"nothing to resume: .*checkpoint-6 is not a trainer's checkpoint"):
         quick(tiny_nf4, pairs_file, there, **{**flags, "resume_from_checkpoint": None})
+
+
+def test_the_same_command_with_a_checkpoint_beside_its_own_goes_on_with_the_newest(
+    out: Path, tiny_nf4: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(out, tmp_path / "uninterrupted")
+    flags = {"max_steps": 10, "save_steps": 2, "resume_from_checkpoint": "checkpoint-6"}
+    quick(tiny_nf4, pairs_file, tmp_path / "uninterrupted", **flags)
+    killed(9, tiny_nf4, pairs_file, out, **flags)
+    aside = sorted(out.glob("earlier-*"))
+    assert [path.name.rpartition("-")[0] for path in aside] == ["earlier-checkpoint-7"]
+    capsys.readouterr()
+    quick(tiny_nf4, pairs_file, out, **flags)
+    assert "going on from checkpoint-8" in capsys.readouterr().out
+    assert sorted(out.glob("earlier-*")) == aside
+    assert weights_of(out) == weights_of(tmp_path / "uninterrupted")
+    assert "10 steps, the last 2 of them in " in (out / "report.md").read_text()
+
+
+def test_another_chat_template_is_another_run(tiny_nf4: Path, tmp_path: Path) -> None:
+    """By its content, whatever its file is called."""
+    data, template = tmp_path / "rows.jsonl", tmp_path / "chat.jinja"
+    turns = [{"role": "user", "content": "12?"}, {"role": "assistant", "content": "42"}]
+    data.write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    flags = {"max_steps": 1, "save_strategy": "no", "chat_template_path": str(template)}
+    template.write_text(CHAT_TEMPLATE)
+    quick(tiny_nf4, data, tmp_path / "out", **flags)
+    with pytest.raises(ConfigError, match="holds an earlier run, finished with these settings"):
+        quick(tiny_nf4, data, tmp_path / "out", **flags)
+    template.write_text(CHAT_TEMPLATE.replace("assistant", "model"))
+    with pytest.raises(ConfigError, match=r"with other settings \(chat_template_path_sha256 \S+ there, \S+ here\)"):
+        quick(tiny_nf4, data, tmp_path / "out", **flags)
 
 
 def test_a_fresh_optimizer_is_not_traded_for_an_older_state(out: Path, tiny_nf4: Path, pairs_file: Path) -> None:

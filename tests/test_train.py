@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import qdora
 from qdora import CheckpointError, ConfigError, DataError, NumericsError, arithmetic
 from qdora.inject import adapted_linears
+from qdora.trainer import AdapterTrainer
 from qdora.verbs.train import train_from_arguments
 from tests.conftest import make_model, make_tokenizer
 from tests.mutate import Payload
@@ -283,6 +284,24 @@ def test_a_stranger_s_checkpoint_runs_no_code(tiny_nf4: Path, pairs_file: Path, 
     with pytest.raises(CheckpointError, match="might run code"):
         quick(tiny_nf4, pairs_file, tmp_path / "refused", **resumed)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_error_in_the_middle_of_the_training_keeps_its_traceback(
+    step: int, tiny_nf4: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only at the start may a flag be the reason."""
+    train_step = AdapterTrainer.training_step
+
+    def fails(trainer: Any, *given: Any) -> Any:
+        if trainer.state.global_step == step:
+            raise ValueError("odd")
+        return train_step(trainer, *given)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", fails)
+    kind, says = (ValueError, r"^odd$") if step else (ConfigError, r"^training did not start: odd; check the flags$")
+    with pytest.raises(kind, match=says):
+        quick(tiny_nf4, pairs_file, tmp_path, max_steps=3)
 
 
 def test_a_schedule_s_setting_that_is_none(tiny_nf4: Path, pairs_file: Path, tmp_path: Path) -> None:

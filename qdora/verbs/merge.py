@@ -206,7 +206,8 @@ def _parted_ends(stored: StoredBase, file: AdapterFile) -> dict[str, Tensor] | N
 
 
 def _key_of(name: str, stored: StoredBase) -> str | None:
-    return next((key for key in stored.keys() if stored.linears.named(key, (name,)) is not None), None)
+    keys = stored.keys()
+    return next((key for key in keys if stored.linears.named(key, (name,)) is not None), None)
 
 
 def _write_config(source: Path, directory: Path, dtype: str, parted: bool) -> None:
@@ -255,8 +256,8 @@ def _also_end_at(tokens: list[int], directory: Path) -> None:
 def _special_ids(config: dict[str, Any]) -> dict[str, Any]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     text = config.get("text_config")
-    known = {**text, **config} if isinstance(text, dict) else config
-    return {name: known[name] for name in names if known.get(name) is not None}
+    places = (text, config) if isinstance(text, dict) else (config,)
+    return {name: place[name] for place in places for name in names if place.get(name) is not None}
 
 
 def _forget_template(settings_file: Path) -> None:

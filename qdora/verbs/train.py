@@ -62,6 +62,7 @@ class TrainReport:
     output_dir: Path
     steps: int
     first_loss: float
+    """NaN if no step was applied."""
     last_loss: float
     eval_loss: float | None
     """Of the adapter that was kept."""
@@ -73,11 +74,12 @@ class TrainReport:
     """What went otherwise than it should: steps left out, parts that stood still."""
 
     def __str__(self) -> str:
-        loss = f"loss {self.first_loss:.4f} → {self.last_loss:.4f} in {self.steps} steps"
+        known = math.isfinite(self.last_loss)  # it is not if no step was applied
+        loss = f"loss {self.first_loss:.4f} → {self.last_loss:.4f}" if known else "no loss"
         evaluation = "" if self.eval_loss is None else f", evaluation loss {self.eval_loss:.4f}"
         kept = "" if self.best_step is None else f" (the best, of step {self.best_step}, was kept)"
         return (
-            f"{loss}{evaluation}{kept}; {self.trained_values:,} values trained\n"
+            f"{loss} in {self.steps} steps{evaluation}{kept}; {self.trained_values:,} values trained\n"
             f"{''.join(remark + chr(10) for remark in self.remarks)}"
             f"adapter in {self.output_dir}; beside it {REPORT_FILE}, {LOG_FILE} and loss.png"
         )
