@@ -62,6 +62,8 @@ def _parse(arguments: Sequence[str]) -> tuple[RunArguments, Any]:
             raise ConfigError(f"unknown flag --{name}{_suggestion(name, known)}")
     flags = _with_plain_bf16(_with_bare_fsdp([spelled(flag) for flag in flags]))
     parser.set_defaults(**_evaluation_defaults(flags, parser.get_default("logging_steps")))
+    if _is_on("fp16", flags):
+        parser.set_defaults(adapter_dtype="float32")  # see `check_together`
     missing = [name for name in ("model_name_or_path", "dataset", "output_dir") if not _is_given(name, flags)]
     if missing:
         raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (as flags or in the config file)")

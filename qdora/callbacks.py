@@ -87,10 +87,12 @@ class StopWhenAsked(TrainerCallback):
         self._request, self._number = request, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        number = torch.tensor(self._request.number, device=args.device)
+        number = self._request.number
         if args.world_size > 1:
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-        self._number = 0 if control.should_training_stop else int(number)
+            largest = torch.tensor(number, device=args.device)
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+            number = int(largest)  # waits for the device
+        self._number = 0 if control.should_training_stop else number
         if self._number and not float(state.epoch).is_integer():
             control.should_save = True
 

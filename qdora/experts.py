@@ -9,7 +9,10 @@ given adapters (DoRA with a magnitude for each output of each expert), saved und
 and merged.
 
 The forward sorts the tokens by expert and runs each expert that has any on its own tokens. An expert without tokens is
-not dequantized, and no dense copy of a matrix larger than a tile ever exists. The sum over a token's experts is fp32.
+not dequantized, and no dense copy of a matrix larger than a tile ever exists. The sum over a token's experts is fp32,
+in the forward and, of its gradients, in the backward: there one tensor goes from expert to expert, and each adds its
+tokens' gradients to it. Left to autograd, each expert would make a tensor of all tokens, nearly all of it zeros, and
+these would be summed in the dtype of the arithmetic.
 
 The constraint. A module is taken for experts by what it is: nothing but the two stacks, of shapes that agree, and
 transformers' description of the arithmetic (`use_experts_implementation`), which must say gated, concatenated, not
@@ -19,7 +22,8 @@ families clamp; unless it gives the bits of `gated`, which keeps less.
 
 The rejected alternatives. A stack quantized as one tensor is a format that nobody else reads. A forward registered with
 transformers (`ALL_EXPERTS_FUNCTIONS`) is chosen for the whole model by a name in its config, and would need the packed
-stacks to be parameters of transformers' own class.
+stacks to be parameters of transformers' own class. All tokens gathered at once, and split, have one node in the
+backward too, but then the inputs of all experts, k times the hidden states, are alive together, and their gradients.
 
 The price: three products for each expert with tokens, one after the other, where a grouped kernel over dense stacks has
 one for all. On a GPU with many small experts the launches will show.
@@ -35,6 +39,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from qdora.base import BaseWeight
@@ -115,10 +120,12 @@ class RoutedExperts(nn.Module):
         token_S, weight_S = order_S // expert_Tk.shape[-1], weight_Tk.reshape(-1)[order_S]
         counts = self.count(choice_S, self.num_experts, expert_Tk.shape[-1])
         total_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
+        values_TH, carrier_TH = hidden_TH.detach(), _Carrier.apply(hidden_TH)
         idle: list[Tensor] = []
         for number, (token_N, weight_N) in enumerate(zip(token_S.split(counts), weight_S.split(counts), strict=True)):
             if len(token_N):
-                y_NH = self._expert(number, hidden_TH[token_N]) * weight_N[:, None]
+                x_NH, carrier_TH = _Gathered.apply(values_TH, carrier_TH, token_N)
+                y_NH = self._expert(number, x_NH) * weight_N[:, None]
                 total_TH.index_add_(0, token_N, y_NH.float())
             else:
                 idle += [p for p in self.get_submodule(str(number)).parameters() if p.requires_grad]
@@ -131,6 +138,41 @@ class RoutedExperts(nn.Module):
         gate, up, down = (self.get_submodule(f"{number}.{name}") for name in self.names)
         y_NH: Tensor = down(self._join(gate(x_NH), up(x_NH), consumes_gradient=makes_a_gradient_of_its_own(down)))
         return y_NH
+
+
+class _Carrier(torch.autograd.Function):
+    """What carries the gradient of the hidden states, in fp32, from expert to expert: it has no values of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor) -> Tensor:
+        ctx.dtype = hidden_TH.dtype
+        return hidden_TH.new_empty((), dtype=torch.float32).expand(hidden_TH.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, total_TH: Tensor) -> Tensor:
+        return total_TH.to(ctx.dtype)
+
+
+class _Gathered(torch.autograd.Function):
+    """An expert's tokens, and the carrier, to be handed to the next expert: its backward comes before this one's."""
+
+    @staticmethod
+    def forward(ctx: Any, values_TH: Tensor, carrier_TH: Tensor, token_N: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(token_N)
+        ctx.shape = values_TH.shape
+        ctx.set_materialize_grads(False)  # the last expert's carrier went nowhere
+        return values_TH[token_N], carrier_TH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_NH: Tensor | None, total_TH: Tensor | None) -> tuple[None, Tensor | None, None]:
+        if g_NH is None:
+            return None, total_TH, None
+        if total_TH is None:
+            total_TH = torch.zeros(ctx.shape, dtype=torch.float32, device=g_NH.device)
+        (token_N,) = ctx.saved_tensors
+        return None, total_TH.index_add_(0, token_N, g_NH.float()), None
 
 
 def _joined(original: Any) -> Callable[..., Tensor]:

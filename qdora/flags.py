@@ -88,8 +88,8 @@ class RunArguments:
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "of the arithmetic: bfloat16, float16 or float32; unless given, bfloat16, or float32 on a CPU that "
-            "is slow in bfloat16"
+            "help": "of the arithmetic: bfloat16, float32, or float16 with --fp16; unless given, bfloat16, or float32 "
+            "on a CPU that is slow in bfloat16"
         },
     )
     load_in_4bit: bool = field(default=True, metadata={"help": "quantize a 16-bit model to NF4 as it loads"})
@@ -106,7 +106,10 @@ class RunArguments:
         default_factory=list,
         metadata={"help": "modules to train whole beside the adapters, such as embed_tokens lm_head"},
     )
-    adapter_dtype: str = field(default="bfloat16", metadata={"help": "of what trains: bfloat16 or float32"})
+    adapter_dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "of what trains: bfloat16 or float32; unless given, bfloat16, or float32 with --fp16"},
+    )
     init_lora_weights: str = field(
         default="default", metadata={"help": "default, or loftq: begin with what rounding to NF4 took from the weights"}
     )

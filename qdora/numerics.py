@@ -60,7 +60,7 @@ class Source:
             half: whether the arithmetic is fp16.
         """
         if half and self.rank > 0:
-            return "float16 ends at 65,504: use --dtype bfloat16, or lower --learning_rate"
+            return "float16 ends at 65,504: use --dtype bfloat16 without --fp16, or lower --learning_rate"
         return "lower --learning_rate" + (", or look at that layer of the base" if self.rank == 1 else "")
 
 
@@ -159,7 +159,7 @@ class FiniteGuard:
         if self._skips and source.rank > 0 and self._in_a_row < LIMIT_IN_A_ROW:
             return
         in_a_row = f", the {self._in_a_row}th in a row" if self._skips and self._in_a_row > 1 else ""
-        half = any(p.dtype == torch.float16 for p in self._model.parameters())
+        half = self._scaler is not None or any(p.dtype == torch.float16 for p in self._model.parameters())
         or_skip = "" if self._skips or source.rank == 0 else ", or leave such steps out with --on_nonfinite skip"
         raise NumericsError(
             f"the {what} of step {number} is not finite{in_a_row}, first {source.place}; the step was not applied. "
@@ -306,6 +306,6 @@ def refuse_evaluation(model: nn.Module, step: int, again: Callable[[], Any]) -> 
     places = [place for found in gathered(outputs) for place in found]
     where = f", first in the output of {places[0]}" if places else ""
     raise NumericsError(
-        f"the evaluation loss after step {step} is not finite{where}; lower --learning_rate, or with --dtype float16 "
-        "use bfloat16"
+        f"the evaluation loss after step {step} is not finite{where}; lower --learning_rate, or with --fp16 use "
+        "--dtype bfloat16 instead"
     )

@@ -7,7 +7,8 @@ ahead. Nothing else is parked: offloading whatever autograd saves, the recompute
 A tensor stays alive until its copy is done, and the arithmetic waits for the copies of the layers before the last two.
 `record_stream` would not hold it up, and then it runs ahead of the copies, each layer's input in a new block.
 
-The input embedding is a lookup of a few rows. `HostEmbedding` looks them up on the host and sends them over.
+The input embedding is a lookup of a few rows. `HostEmbedding` looks them up on the host, into pinned memory, and sends
+them over behind the layers that are being enqueued. It waits for the token ids, which come from the device.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class HostEmbedding(nn.Module):
     def __init__(self, embedding: nn.Module, device: torch.device) -> None:
         super().__init__()
         self.embedding, self.device = embedding, device
+        self._pins = device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
 
     @property
     def weight(self) -> Tensor:
@@ -57,11 +59,28 @@ class HostEmbedding(nn.Module):
         return self.embedding.weight  # type: ignore[return-value]
 
     def forward(self, ids: Tensor) -> Tensor:
-        looked_up: Tensor = self.embedding(ids.to(self.weight.device))
-        return looked_up.to(self.device)
+        ids = ids.to(self.weight.device)
+        looked_up: Tensor = self._look_up_pinned(ids) if self._pins else self.embedding(ids)
+        return looked_up.to(self.device, non_blocking=self._pins)
+
+    def _look_up_pinned(self, ids: Tensor) -> Tensor:
+        """The rows in new pinned memory: torch's allocator gives none of it away that is still copied from."""
+        if not _only_looks_up(self.embedding):
+            rows: Tensor = self.embedding(ids)
+            return torch.empty_like(rows, pin_memory=True).copy_(rows)
+        weight = self.weight.detach()
+        pinned = torch.empty(ids.numel(), weight.shape[1], dtype=weight.dtype, pin_memory=True)
+        torch.index_select(weight, 0, ids.reshape(-1), out=pinned)
+        return pinned.view(*ids.shape, -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return self  # stays where it is
+
+
+def _only_looks_up(embedding: nn.Module) -> bool:
+    """Whether it does nothing that a lookup of rows would not do: Gemma's multiplies, others are of strangers."""
+    plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.weight.requires_grad
+    return plain and not (embedding._forward_hooks or embedding._forward_pre_hooks)
 
 
 class HostInputs:

@@ -31,8 +31,12 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import qdora
 from qdora.arguments import adapter_config, flags_of, parse_train
+from qdora.arithmetic import training_dtype
 from qdora.callbacks import KeepInputsOnHost
+from qdora.holding import linears_to_hold
+from qdora.inject import hold_outputs
 from qdora.optimizer import CompensatedAdamW
+from qdora.planner import hollow_of
 from qdora.trainer import AdapterTrainer
 
 SHAPES = {
@@ -78,11 +82,14 @@ def cases(shapes: list[str], lengths: list[int]) -> list[Case]:
     pairs = [(shape, length) for shape in shapes for length in lengths]
     found = [Case(shape, length, flags) for shape, length in pairs for flags in ((), ("stream_base",))]
     last, shortest = shapes[-1], min(lengths)
+    untied = [shape for shape in shapes if not SHAPES[shape].tied]  # a head's weight must be on the device
     return [
         *found,
         Case(shapes[0], shortest, rows=4, accumulation=2),
         Case(shapes[0], shortest, ("activation_offloading",), rows=2),
         Case(last, shortest, ("activation_offloading", "stream_base")),
+        Case(shapes[0], shortest, ("hold_outputs",)),
+        *(Case(shape, shortest, ("embedding_on_host",)) for shape in untied[-1:]),
         Case(shapes[0], shortest, rows=4, adapter={"modules_to_save": "lm_head"}),
         Case(shapes[0], shortest, rows=2, adapter={"lora_target_modules": r".*layers\.[01]\..*_proj"}),
     ]
@@ -115,8 +122,8 @@ def compare(arguments: argparse.Namespace, case: Case) -> dict[str, Any]:
     directory = write_model(SHAPES[case.shape], "nf4", arguments.models / case.shape.replace(" ", "-"))
     need = qdora.estimate(directory, **case.settings(), use_cpu=arguments.device == "cpu").need
     # On the CPU what waits on the host is in the same memory; streamed weights stay mapped from their file.
-    waits_here = arguments.device == "cpu" and "activation_offloading" in case.flags
-    reckoned = need.device_bytes + (need.host_parts["layer inputs"] if waits_here else 0)
+    waits_here = [need.host_parts.get(part, 0) for part in ("layer inputs", "embedding")]
+    reckoned = need.device_bytes + (sum(waits_here) if arguments.device == "cpu" else 0)
     take = measure if arguments.together else measure_apart
     measured = take(case, arguments.models, arguments.device)
     error = reckoned / measured - 1
@@ -160,6 +167,9 @@ def measure(case: Case, models_directory: Path, device: str) -> int:
             stream_base=run.stream_base,
             embedding_on_host=run.embedding_on_host,
         )
+        if run.hold_outputs:
+            run.dtype = run.dtype or training_dtype(training.device)
+            hold_outputs(model, linears_to_hold(hollow_of(run, training)))
         meter = Meter(training.device)
         callbacks: list[TrainerCallback] = [meter]
         if training.activation_offloading:

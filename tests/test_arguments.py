@@ -223,6 +223,35 @@ def test_fp16_is_not_for_cpus() -> None:
     assert parse_estimate(["--model_name_or_path", "m", "--fp16", "true"])[1].fp16  # for another machine
 
 
+def test_what_trains_is_in_float32_where_the_loss_is_scaled(tmp_path: Path) -> None:
+    def dtype_of(*flags: str) -> str:
+        return parse_estimate(["--model_name_or_path", "m", *flags])[0].adapter_dtype
+
+    assert [dtype_of(), dtype_of("--fp16", "false"), dtype_of("--fp16=true", "--fp16=false")] == ["bfloat16"] * 3
+    assert [dtype_of("--fp16"), dtype_of("--fp16", "true", "--dtype", "float16")] == ["float32"] * 2
+    assert dtype_of("--fp16", "true", "--adapter_dtype", "float32") == "float32"
+    config = tmp_path / "c.yaml"
+    config.write_text("model_name_or_path: m\nfp16: true\n")
+    assert parse_estimate([str(config)])[0].adapter_dtype == "float32"
+    config.write_text("model_name_or_path: m\nfp16: true\nadapter_dtype: bfloat16\n")
+    for flags in ([str(config)], ["--model_name_or_path", "m", "--fp16", "--adapter-dtype=bfloat16"]):
+        with pytest.raises(
+            ConfigError, match=r"^--fp16 scales .* found --adapter_dtype bfloat16, leave it out or pass float32$"
+        ):
+            parse_estimate(flags)
+
+
+def test_float16_is_for_training_with_a_scaled_loss() -> None:
+    for flags in (["--dtype", "float16"], ["--dtype=float16", "--bf16", "true", "--use_cpu", "true"]):
+        with pytest.raises(
+            ConfigError,
+            match=r"^--dtype float16 loses small gradients .* pass --fp16 true too \(on a GPU\), or --dtype",
+        ):
+            parse_train([*NEEDED, *flags])
+    run, training = parse_estimate(["--model_name_or_path", "m", "--dtype", "float16", "--fp16", "true"])
+    assert (run.dtype, training.fp16) == ("float16", True)
+
+
 def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "c.yaml").write_text("model_name_or_path: ~/m\ndataset: ~/d.jsonl\noutput_dir: ~/o\n")

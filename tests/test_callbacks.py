@@ -130,6 +130,23 @@ def test_nobody_asked() -> None:
     assert not told.should_save
 
 
+def test_one_process_asks_nothing_of_its_device() -> None:
+    """A number on the meta device cannot be read back."""
+    callback, told = asked_to_stop(), control()
+    callback.on_step_end(SimpleNamespace(device="meta", world_size=1, output_dir="out"), state(4, 0.5), told)
+    assert told.should_save
+
+
+def test_of_several_processes_the_one_that_was_asked_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reduce(number: torch.Tensor, _: Any) -> None:
+        number.fill_(max(int(number), int(signal.SIGINT)))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    callback, told = StopWhenAsked(cast(StopRequest, SimpleNamespace(number=0))), control()
+    callback.on_step_end(SimpleNamespace(device="cpu", world_size=2, output_dir="out"), state(4, 0.5), told)
+    assert told.should_save
+
+
 def test_the_guard_learns_where_a_run_begins() -> None:
     steps: list[int] = []
     guard = cast(FiniteGuard, SimpleNamespace(start=steps.append))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.activations import ACT2FN
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -202,6 +203,48 @@ def test_adapters_of_an_expert_without_tokens_have_gradients_of_zero() -> None:
     trained = [parameter for parameter in idle.parameters() if parameter.requires_grad]
     assert len(trained) == 9
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)
+
+
+def test_a_token_s_gradients_are_summed_in_fp32_and_in_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 + 1 is 256 in bf16. Experts that do nothing leave the sum alone to be seen."""
+    monkeypatch.setattr(RoutedExperts, "_expert", lambda self, number, x_NH: x_NH)
+    holder, tokens = routed("dense", torch.bfloat16), 11
+    x = torch.ones(tokens, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    chosen = torch.stack([torch.randperm(EXPERTS) for _ in range(tokens)])
+    weights = torch.ones(tokens, EXPERTS, dtype=torch.bfloat16)
+    weights[:, 0] = 256
+    y = holder.experts(x, chosen, weights)
+    made: list[torch.dtype] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.zeros.default:
+                made.append(result.dtype)
+            return result
+
+    with Watch():
+        y.sum().backward()
+    assert made == [torch.float32]
+    assert x.grad is not None
+    assert (x.grad == 256 + EXPERTS - 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_that_no_gradient_goes_to(dtype: torch.dtype) -> None:
+    """Those of the first layer that trains, whose adapters still learn."""
+    holder = routed("nf4", dtype)
+    adapted(holder, dtype, use_dora=True)
+    chosen, weights = routing(dtype=dtype)
+    x = torch.randn(TOKENS, HIDDEN).to(dtype)
+    holder.experts(x, chosen, weights).sum().backward()
+    alone = [parameter.grad for parameter in holder.parameters() if parameter.requires_grad]
+    holder.zero_grad()
+    x.requires_grad_()
+    holder.experts(x, chosen, weights).sum().backward()
+    beside = [parameter.grad for parameter in holder.parameters() if parameter.requires_grad]
+    assert x.grad is not None
+    assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))
 
 
 def test_a_gradient_that_a_hook_shares_is_left_alone() -> None:

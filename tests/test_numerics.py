@@ -123,7 +123,6 @@ def test_too_many_in_a_row_stop_it_all_the_same(poisoned: Path, tmp_path: Path, 
     ("key", "value", "flags", "says"),
     [
         ("model.layers.1.mlp.down_proj.weight", float("inf"), {"load_in_4bit": False}, r"layers\.1\.mlp\.down_proj"),
-        ("model.layers.1.post_attention_layernorm.weight", 6e4, {"dtype": "float16"}, "use --dtype bfloat16"),
         ("lm_head.weight", float("nan"), {}, r"first in the output of lm_head"),
     ],
 )
@@ -264,6 +263,31 @@ def test_the_scaler_of_fp16_may_overflow() -> None:
     guard.add(batch, torch.tensor(1.0), None)
     with pytest.raises(NumericsError, match="the gradient of step 2 is not finite, first nowhere"):
         guard.passes(torch.tensor(torch.inf), 2)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_what_float16_cannot_hold_is_told_as_that(half: bool) -> None:
+    """In weights of float16, or under autocast in it, which has a scaler."""
+    batch = {"x": torch.full((2, 4), 6e4), "labels": torch.ones(2, 4, dtype=torch.long)}
+    model = _Stack()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.weight.fill_(1.0)
+    if half:
+        model, batch["x"] = model.half(), batch["x"].half()
+
+    def replay(batch: Any, _: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.float16, enabled=not half):
+            return model(batch["x"]).sum()
+
+    guard = FiniteGuard(model, replay, scaler=None if half else SimpleNamespace(get_scale=lambda: 2.0**16))
+    guard.begin(torch.tensor(0.0))
+    guard.add(batch, replay(batch, None), None)
+    with pytest.raises(
+        NumericsError,
+        match=r"first in the output of layers\.0; .* float16 ends at 65,504: use --dtype bfloat16 without --fp",
+    ):
+        guard.passes(torch.tensor(torch.nan), 1)
 
 
 def test_nothing_not_finite_is_saved(tiny_nf4: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import qdora
 from qdora.inject import decoder_layers
@@ -146,6 +149,49 @@ def test_the_embedding_on_the_host(device: str, stream: bool, tmp_path: Path) ->
     model.to(device)
     assert embedding.weight.device.type == "cpu"
     assert gradients(model, True)[0] == gradients(resident, False)[0]
+
+
+class Shifted(nn.Embedding):
+    """Of a stranger."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) + 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "scaled", "of a stranger", "trained", "hooked"])
+def test_rows_for_an_accelerator_are_looked_up_in_pinned_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here without one, so that pinned memory is memory like any other."""
+    asked: list[bool] = []
+
+    def unpinned(make: Any) -> Any:
+        def empty(*arguments: Any, pin_memory: bool = False, **how: Any) -> torch.Tensor:
+            asked.append(pin_memory)
+            made: torch.Tensor = make(*arguments, **how)
+            return made
+
+        return empty
+
+    embedding: Any = {"scaled": partial(Gemma3TextScaledWordEmbedding, padding_idx=0, embed_scale=3.0)}.get(
+        kind, Shifted if kind == "of a stranger" else nn.Embedding
+    )(50, 8)
+    embedding.requires_grad_(kind == "trained")
+    if kind == "hooked":
+        embedding.register_forward_hook(lambda _, inputs, output: output * 2)
+    expected = embedding(IDS)
+    host = HostEmbedding(embedding, torch.device("cpu"))
+    assert not host._pins
+    assert torch.equal(host(IDS), expected)
+    host._pins = True
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", unpinned(torch.empty))
+        patch.setattr(torch, "empty_like", unpinned(torch.empty_like))
+        found = host(IDS)
+    assert asked == [True]
+    assert torch.equal(found, expected)
+    assert found.requires_grad == (kind == "trained")
+    if kind == "trained":
+        found.sum().backward()
+        assert embedding.weight.grad.sum() == IDS.numel() * 8
 
 
 def test_an_embedding_that_is_the_head_must_be_on_the_device(tiny_nf4: Path) -> None:

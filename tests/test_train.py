@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 import qdora
 from qdora import CheckpointError, ConfigError, DataError, NumericsError, arithmetic
+from qdora.arguments import parse_estimate
 from qdora.inject import adapted_linears
 from qdora.trainer import AdapterTrainer
-from qdora.verbs.train import train_from_arguments
+from qdora.verbs.train import _settle_dtype, train_from_arguments
 from tests.conftest import make_model, make_tokenizer
 from tests.mutate import Payload
 
@@ -77,6 +78,13 @@ def test_on_a_cpu_that_is_slow_in_bfloat16(
     assert says in said if says else "slow" not in said
     trained = adapter_tensors(tmp_path / "a")
     assert {tensor.dtype for name, tensor in trained.items() if "lora_A" in name} == {torch.bfloat16}
+
+
+def test_with_a_scaled_loss_it_is_said_in_what_the_adapter_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    run, training = parse_estimate(["--model_name_or_path", "m", "--fp16", "true", "--use_cpu", "true"])
+    _settle_dtype(run, training)
+    assert "--fp16 scales the loss: the adapter is trained in float32\n" in capsys.readouterr().out
+    assert run.dtype in ("bfloat16", "float32")  # of the weights, as without: autocast does the rest
 
 
 def adapter_tensors(directory: Path) -> dict[str, torch.Tensor]:

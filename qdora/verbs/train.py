@@ -186,13 +186,18 @@ def _train(run: RunArguments, training: Any, output_dir: Path, started: float) -
 
 
 def _settle_dtype(run: RunArguments, training: Any) -> None:
-    """Compute in what is fast here, unless told otherwise; say so if that is not bfloat16, or what is asked is slow."""
+    """Compute in what is fast here, unless told otherwise; say so if that is not bfloat16, or what is asked is slow.
+
+    Say too in what the adapter is trained, where that is not the usual.
+    """
     usual = training_dtype(training.device)
     asked = "bfloat16" if training.bf16 else "float16" if training.fp16 else run.dtype
     if usual == "float32" and asked is None:
         say("this CPU is slow in bfloat16: computing in float32")
     elif usual == "float32" and asked != usual:
         say(f"this CPU is slow in {asked}: --dtype float32, without --bf16 and --fp16, takes a fraction of the time")
+    if training.fp16:
+        say(f"--fp16 scales the loss: the adapter is trained in {run.adapter_dtype}")
     run.dtype = run.dtype or usual
 
 
