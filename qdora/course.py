@@ -13,7 +13,7 @@ from qdora.distributed import say
 from qdora.errors import CheckpointError, ConfigError, NumericsError, QDoRAError, out_of_memory, reason
 from qdora.exhausted import Headroom, end_for_memory
 from qdora.kept import way_back
-from qdora.resume import Start
+from qdora.runrecord import Start
 from qdora.signals import Stopped
 
 __all__ = ["run_training"]

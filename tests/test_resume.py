@@ -106,7 +106,7 @@ def test_an_output_that_was_taken_away_is_made_again(
     whole: Path, tiny_nf4: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, said = tmp_path / "out", []
-    monkeypatch.setattr("qdora.resume.say", said.append)
+    monkeypatch.setattr("qdora.runrecord.say", said.append)
 
     class TakeAway(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

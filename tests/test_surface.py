@@ -21,7 +21,7 @@ LAYERS = [
     {"architecture", "saving"},
     {"callbacks", "checkpoint", "sources", "loader", "hub", "holding", "plan"},
     {"reference", "resume", "stream", "offload", "simulate", "sharding", "together"},
-    {"adapterfile", "inject", "choices", "dropin", "card"},
+    {"adapterfile", "inject", "choices", "dropin", "card", "runrecord"},
     {"experts", "peftlayer"},
     {"gated"},
     {
@@ -147,6 +147,7 @@ def test_tests_mirror_the_source() -> None:
         "flags",
         "generation",
         "notes",
+        "runrecord",
         "tables",
         "tokenizer",
         "verify",

@@ -45,7 +45,8 @@ from qdora.planner import adopt, asked_plan, choose, hollow_of, memory_model, us
 from qdora.preflight import check_original, check_place, check_trackers
 from qdora.report import LOG_FILE, REPORT_FILE
 from qdora.residual import begin_with_residual
-from qdora.resume import RecordKeeper, Start, begin_record, check_epochs, finish_record, start
+from qdora.resume import check_epochs, start
+from qdora.runrecord import RecordKeeper, Start, begin_record, finish_record
 from qdora.sharding import Sharding, take_sharding
 from qdora.signals import StopRequest
 from qdora.together import check_sharded
