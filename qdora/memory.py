@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -89,6 +89,8 @@ class MemoryModel:
 
     def need(self, plan: Plan) -> Need:
         """What the plan takes, at its worst moment."""
+        if self._run.one_place:
+            plan = replace(plan, activation_offloading=False, embedding_on_host=False)
         trace = self._trace(plan.rows, plan.hold_outputs)
         lasting = self._lasting(plan)
         worst = max(self._moments(trace, plan), key=lambda moment: moment.total)
@@ -221,12 +223,12 @@ class MemoryModel:
     @property
     def can_offload_inputs(self) -> bool:
         """Whether layer inputs may wait on the host: only if they are what a layer keeps."""
-        return self._run.checkpointing
+        return self._run.checkpointing and not self._run.one_place
 
     @property
     def can_spare_embedding(self) -> bool:
         """Whether the input embedding may stay on the host: not if the head is the same weight, or it is trained."""
-        return self._embedding_bytes > 0
+        return self._embedding_bytes > 0 and not self._run.one_place
 
     @cached_property
     def _embedding_bytes(self) -> int:

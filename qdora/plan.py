@@ -79,6 +79,8 @@ class Run:
     """Tokens of the longest row."""
     workspace: Workspace
     """Of the device."""
+    one_place: bool = False
+    """Whether the device is the CPU, on which nothing is spared by what waits on the host."""
     optim: str | None = None
     """Hugging Face's name of the optimizer; None is `CompensatedAdamW`."""
     checkpointing: bool = True

@@ -70,6 +70,7 @@ def memory_model(run: RunArguments, training: Any, on_accelerator: bool) -> Memo
         Run(
             length=training.max_length,
             workspace=ACCELERATOR if on_accelerator else CPU,
+            one_place=not on_accelerator,
             optim=None if training.optim in OWN_OPTIMIZERS else str(getattr(training.optim, "value", training.optim)),
             checkpointing=training.gradient_checkpointing,
             replicated=processes() > 1,

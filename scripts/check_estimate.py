@@ -5,9 +5,9 @@
 
 Each configuration is a process of its own: a random model of the shape is written, loaded as `qdora train` loads it,
 and trained for two steps by qdora's trainer on rows that are all as long as they may be. On the CPU the truth is the
-size of the loaded model's storages and, from there on, the profiler's record of each allocation; host and device are
-one place there, so what waits on the host because a flag says so is counted on both sides. On CUDA it is
-`max_memory_allocated`.
+size of the loaded model's storages and, from there on, the profiler's record of each allocation; streamed weights stay
+mapped from their file there, and what waits on the host because a flag says so is in the same memory, by the estimate
+too. On CUDA it is `max_memory_allocated`.
 """
 
 from __future__ import annotations
@@ -120,10 +120,7 @@ def main() -> None:
 def compare(arguments: argparse.Namespace, case: Case) -> dict[str, Any]:
     """One configuration, reckoned and measured."""
     directory = write_model(SHAPES[case.shape], "nf4", arguments.models / case.shape.replace(" ", "-"))
-    need = qdora.estimate(directory, **case.settings(), use_cpu=arguments.device == "cpu").need
-    # On the CPU what waits on the host is in the same memory; streamed weights stay mapped from their file.
-    waits_here = [need.host_parts.get(part, 0) for part in ("layer inputs", "embedding")]
-    reckoned = need.device_bytes + (sum(waits_here) if arguments.device == "cpu" else 0)
+    reckoned = qdora.estimate(directory, **case.settings(), use_cpu=arguments.device == "cpu").need.device_bytes
     take = measure if arguments.together else measure_apart
     measured = take(case, arguments.models, arguments.device)
     error = reckoned / measured - 1
