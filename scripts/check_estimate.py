@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", type=Path, help="where the random models are kept [a temporary directory]")
     parser.add_argument("--out", type=Path, help="a .json file")
+    parser.add_argument("--only", default="", help="configurations whose name holds this")
     parser.add_argument("--together", action="store_true", help="all in one process: quicker, for a first look")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -110,7 +111,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         arguments.models = arguments.models or Path(scratch)
-        rows = [compare(arguments, case) for case in cases(arguments.shapes, arguments.lengths)]
+        chosen = [case for case in cases(arguments.shapes, arguments.lengths) if arguments.only in case.name]
+        rows = [compare(arguments, case) for case in chosen]
     worst = max(abs(row["error"]) for row in rows)
     print(f"largest error {worst:.1%}")
     if arguments.out:

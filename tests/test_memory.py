@@ -152,7 +152,11 @@ def test_a_run_without_adapters_in_the_layers(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "optim", ["adamw_8bit", "paged_adamw_32bit", "adafactor", "lion_8bit", "ademamix_8bit", "an_unknown_one"]
+    "optim",
+    [
+        *("adamw_8bit", "adafactor", "an_unknown_one"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("paged_adamw_32bit", "lion_8bit", "ademamix_8bit")),
+    ],
 )
 def test_other_optimizers_by_their_state(optim: str, path: Path, memory: MemoryModel) -> None:
     trained = sum(p.numel() for p in hollow_model(path, ADAPTER).parameters() if p.requires_grad)
