@@ -105,11 +105,8 @@ def test_a_peft_adapter_in_ours(nf4: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     peer = get_peft_model(packed_peer(nf4), config)
-    optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=5e-3)
-    for _ in range(3):
-        peer(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    peer(IDS, labels=IDS).loss.backward()  # one step: it takes half a minute on cores that are slow in bf16
+    torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=1.5e-2).step()
     peer.save_pretrained(tmp_path)
     ours, theirs = logits(qdora.load_model(nf4, adapter=tmp_path)), logits(peer)
     assert distance(ours, theirs) < 2e-2
