@@ -89,12 +89,15 @@ class MemoryModel:
 
     def need(self, plan: Plan) -> Need:
         """What the plan takes, at its worst moment."""
+        copies = self._run.one_place and plan.activation_offloading
         if self._run.one_place:
             plan = replace(plan, activation_offloading=False, embedding_on_host=False)
         trace = self._trace(plan.rows, plan.hold_outputs)
         lasting = self._lasting(plan)
         worst = max(self._moments(trace, plan), key=lambda moment: moment.total)
         parts = {**lasting, "gradients": worst.gradients, "kept layer inputs": worst.inputs, worst.what: worst.own}
+        if copies:
+            parts["inputs beside their copies"] = 2 * trace.kept_bytes  # the last two, in the same memory
         return Need({name: size for name, size in parts.items() if size}, worst.when, self._waiting(plan, trace))
 
     def _trace(self, rows: int, holds: bool) -> StepTrace:
