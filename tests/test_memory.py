@@ -176,3 +176,14 @@ def test_the_whole_depth_is_reckoned(path: Path, tmp_path: Path) -> None:
     assert many.parts["kept layer inputs"] - few.parts["kept layer inputs"] >= 0
     kept = 8 * 256 * 64 * 2
     assert many.device_bytes - few.device_bytes >= 5 * kept
+
+
+def test_on_the_cpu_what_waits_on_the_host_spares_nothing(path: Path) -> None:
+    here = reckoned(path, one_place=True)
+    assert not here.can_offload_inputs
+    assert not here.can_spare_embedding
+    plain = here.need(PLAN)
+    assert here.need(replace(PLAN, embedding_on_host=True)) == plain
+    waiting = here.need(replace(PLAN, activation_offloading=True))
+    assert waiting.host_bytes == 0
+    assert waiting.device_bytes == plain.device_bytes + waiting.parts["inputs beside their copies"]
