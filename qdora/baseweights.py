@@ -95,13 +95,17 @@ class StoredBase:
         for name, weight in file.whole.items():
             # Where head and embedding are one weight, it is stored under one of the two names, mostly the embedding's.
             names = self.linears.ends if self.linears.ends and name in self.linears.ends else (name,)
-            keys = [key for key in self.keys() if self.linears.named(key, names) is not None]
-            shape = tuple(self.plain(keys[0]).shape) if keys else None
+            key = self.key_of(*names)
+            shape = None if key is None else tuple(self.plain(key).shape)
             if shape != tuple(weight.shape):
                 raise CheckpointError(
                     f"the adapter is for another model: {name} is {shape or 'not'} here and {tuple(weight.shape)} in "
                     "the adapter"
                 )
+
+    def key_of(self, *names: str) -> str | None:
+        """The first key under which the model's weight of one of these names is stored; None if it is not."""
+        return next((key for key in self.keys() if self.linears.named(key, names) is not None), None)
 
     def weight(self, key: str) -> NF4Weight | DenseWeight:
         """The weight of a linear, (out_features, in_features) whichever way it is stored."""

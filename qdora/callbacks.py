@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qdora.flags import asks_to_resume
 from qdora.kept import checkpoint_of
 from qdora.numerics import FiniteGuard
 from qdora.offload import HostInputs
@@ -104,8 +105,7 @@ class StopWhenAsked(TrainerCallback):
         if self._number and not control.should_training_stop:
             where = checkpoint_of(args.output_dir, state.global_step)
             at = f" after step {state.global_step} of {state.max_steps}"
-            fresh = str(args.resume_from_checkpoint).lower() in ("none", "false")
-            how = "the same command" if fresh else "--resume_from_checkpoint last"
+            how = "--resume_from_checkpoint last" if asks_to_resume(args) else "the same command"
             raise Stopped(self._number, f"{at}, saved as {where}; {how} goes on from there")
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "OWN_OPTIMIZERS",
     "PLAIN_LOSSES",
     "RunArguments",
+    "asks_to_resume",
     "has_perplexity",
     "loss_is_plain",
 ]
@@ -147,6 +148,11 @@ class RunArguments:
     memory: str | None = field(default=None, metadata={"help": "make the run fit in this, such as 8GB"})
     dry_run: bool = field(default=False, metadata={"help": "print what the run needs, and stop"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "write over an adapter that is there"})
+
+
+def asks_to_resume(training: Any) -> bool:
+    """Whether the flags name a checkpoint to go on from, or ask for the last one."""
+    return str(training.resume_from_checkpoint).lower() not in ("none", "false")
 
 
 def loss_is_plain(training: Any) -> bool:

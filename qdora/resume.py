@@ -15,7 +15,7 @@ from typing import Any
 from qdora.adapterfile import CONFIG_FILE
 from qdora.distributed import say
 from qdora.errors import CheckpointError, ConfigError
-from qdora.flags import OWN_OPTIMIZERS, RunArguments
+from qdora.flags import OWN_OPTIMIZERS, RunArguments, asks_to_resume
 from qdora.kept import OPTIMIZER_FILE, STATE_FILE, checkpoints_in, fault_of, last_checkpoint, state_of, step_of
 from qdora.runrecord import Start, difference, is_in, read_record, settings_of
 
@@ -46,10 +46,9 @@ def start(run: RunArguments, training: Any, output_dir: Path) -> Start:
     settings = settings_of(run, training)
     record = read_record(output_dir)
     other = None if record is None else difference(record["settings"], settings)
-    asked = str(training.resume_from_checkpoint).lower()
     this = record if record is not None and not other else None
     unfinished = this if this is not None and not this["finished"] else None
-    if asked not in ("none", "false"):
+    if asks_to_resume(training):
         checkpoint = _asked_for(training.resume_from_checkpoint, output_dir)
         _check_optimizer(checkpoint, settings)
         beginning = _from(checkpoint, settings, this if is_in(checkpoint, output_dir) else None)

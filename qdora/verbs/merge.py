@@ -195,7 +195,7 @@ def _parted_ends(stored: StoredBase, file: AdapterFile) -> dict[str, Tensor] | N
     if stored.linears.ends is None or not file.whole.keys() & set(stored.linears.ends):
         return None
     # A pair that was one lies under one of the names; what a file calls it is not always what the model does.
-    keys = {name: _key_of(name, stored) for name in stored.linears.ends}
+    keys = {name: stored.key_of(name) for name in stored.linears.ends}
     somewhere = next(key for key in keys.values() if key is not None)  # else `_check_whole` would have spoken
     weights = {
         name: file.whole[name] if name in file.whole else stored.plain(key or somewhere) for name, key in keys.items()
@@ -203,11 +203,6 @@ def _parted_ends(stored: StoredBase, file: AdapterFile) -> dict[str, Tensor] | N
     if torch.equal(*(weight.float() for weight in weights.values())):
         return None
     return {name: weight for name, weight in weights.items() if keys[name] is None}
-
-
-def _key_of(name: str, stored: StoredBase) -> str | None:
-    keys = stored.keys()
-    return next((key for key in keys if stored.linears.named(key, (name,)) is not None), None)
 
 
 def _write_config(source: Path, directory: Path, dtype: str, parted: bool) -> None:
